@@ -1,0 +1,165 @@
+"""What an engine is configured with: frozen, nested, validated once, passed explicitly.
+
+`EngineConfig` is what a user chooses; every child process receives it as JSON. Sizes that follow
+from the machine or the model (pages in the pool, model length) are resolved by the memory owner
+and travel in `messages.MemoryLayout`, never by changing the config.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from semipd_jax.errors import ConfigError
+
+type LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
+type Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+type Platform = Literal["cpu", "cuda"]
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raises ConfigError naming the field, the value and what is allowed, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model is served and how its weights are read.
+
+    Attributes:
+      path: Hugging Face or Orbax model directory.
+      tokenizer: directory of the tokenizer; None means `path`.
+      served_name: name that clients see; None means the directory's name.
+      dtype: of weights, activations and KV; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+      max_model_len: most tokens (prompt + output) of one request; None means the model's own limit.
+      load_format: "auto" recognises safetensors and Orbax; "dummy" makes seeded random weights.
+      seed: of dummy weights, and of sampling for requests that bring no seed of their own.
+    """
+
+    path: str
+    tokenizer: str | None = None
+    served_name: str | None = None
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_model_len is None or self.max_model_len >= 2,
+            "max_model_len",
+            self.max_model_len,
+            "at least 2, or unset",
+        )
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.tokenizer or self.path
+
+    @property
+    def name(self) -> str:
+        return self.served_name or Path(self.path).resolve().name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The KV pool.
+
+    Attributes:
+      page_size: tokens per page.
+      memory_bytes: size of the pool; None lets the memory owner choose.
+    """
+
+    page_size: int = 16
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64, 128")
+        require(
+            self.memory_bytes is None or self.memory_bytes > 0,
+            "memory_bytes",
+            self.memory_bytes,
+            "a positive number of bytes, or unset",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step and of the queue.
+
+    Attributes:
+      max_num_seqs: most requests that hold a row (prefill and decode together).
+      max_num_batched_tokens: most prompt tokens in one prefill step (the chunk budget).
+      max_num_queued_reqs: most requests waiting for a row before new ones are refused.
+    """
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_num_queued_reqs: int = 1024
+
+    def __post_init__(self) -> None:
+        require(1 <= self.max_num_seqs <= 4096, "max_num_seqs", self.max_num_seqs, "1 to 4096")
+        require(
+            16 <= self.max_num_batched_tokens <= 65536,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            "16 to 65536",
+        )
+        require(
+            self.max_num_queued_reqs >= 1,
+            "max_num_queued_reqs",
+            self.max_num_queued_reqs,
+            "at least 1",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareConfig:
+    """Fraction of the device's compute that each phase may use; the two may add up to more than 1."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("prefill_share", self.prefill), ("decode_share", self.decode)):
+            require(0.0 < value <= 1.0, name, value, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeoutConfig:
+    """Seconds after which a wait is a failure.
+
+    Attributes:
+      startup_s: from launch until every process is ready.
+      step_s: a worker that holds a step longer than this is hung and is replaced.
+      shutdown_s: running requests may finish for this long after the stop was asked for.
+    """
+
+    startup_s: float = 600.0
+    step_s: float = 120.0
+    shutdown_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("startup_s", "step_s"):
+            value = getattr(self, name)
+            require(value > 0, name, value, "a positive number of seconds")
+        require(self.shutdown_s >= 0, "shutdown_s", self.shutdown_s, "0 or more seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine needs to know.
+
+    Attributes:
+      platform: where workers run.
+      compile_cache_dir: directory of compiled programs; None means the user's cache directory.
+    """
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    shares: ShareConfig = field(default_factory=ShareConfig)
+    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
+    platform: Platform = "cpu"
+    compile_cache_dir: str | None = None

@@ -1,0 +1,57 @@
+"""Everything the engine can refuse or fail to do. Each class is one outcome a client can see.
+
+EngineError
+├── InvalidRequestError     the request can never succeed; the client must change it
+├── DuplicateRequestError   a running request already has this id
+├── RequestNotFoundError    no running request has this id
+├── OverloadedError         the waiting queue is full; the client may retry later
+├── UnavailableError        the engine is starting, draining or stopped; nothing was generated
+├── RequestFailedError      the engine gave up on a request that had started
+└── StartupError            the engine cannot start
+    └── CheckpointError     the model directory is unsupported, incomplete or unsafe
+ConfigError                 a flag or config value is wrong (raised before anything starts)
+"""
+
+
+class EngineError(Exception):
+    """Base class of everything that can go wrong after the configuration was accepted."""
+
+
+class InvalidRequestError(EngineError):
+    """The request can never succeed. `field` names what to change."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class DuplicateRequestError(EngineError):
+    """A running request already has this id."""
+
+
+class RequestNotFoundError(EngineError):
+    """No running request has this id."""
+
+
+class OverloadedError(EngineError):
+    """The waiting queue is full; the client may retry later."""
+
+
+class UnavailableError(EngineError):
+    """The engine is starting, draining or stopped; no token was generated."""
+
+
+class RequestFailedError(EngineError):
+    """The engine gave up on a request after it had started."""
+
+
+class StartupError(EngineError):
+    """The engine cannot start."""
+
+
+class CheckpointError(StartupError):
+    """The model directory is unsupported, incomplete, damaged or unsafe."""
+
+
+class ConfigError(ValueError):
+    """A configuration value is wrong: names the field, the value and what is allowed."""

@@ -1,0 +1,307 @@
+"""What processes say to each other: one union per direction, no tensors, ids everywhere.
+
+Two kinds of channel carry these messages.
+
+* ZeroMQ, MessagePack (`transport`): client ⇄ coordinator ⇄ workers, while the engine runs.
+* Pipes, one JSON line per message (`child`): the launcher and each of its children, for start-up,
+  progress and supervision. A child's standard input doubles as its lifeline: end of file means
+  that the launcher is gone or wants it to stop.
+
+Arrays travel as little-endian bytes of the dtype named beside the field (`numpy.tobytes`), row
+major. Row 0 and page 0 are scratch: padding names them, no request holds them.
+"""
+
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+
+from semipd_jax.config import EngineConfig
+from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
+
+type Phase = Literal["prefill", "decode"]
+
+ROW_SAMPLING: Final = np.dtype(
+    [
+        ("temperature", "<f4"),
+        ("top_p", "<f4"),
+        ("min_p", "<f4"),
+        ("presence_penalty", "<f4"),
+        ("frequency_penalty", "<f4"),
+        ("repetition_penalty", "<f4"),
+        ("top_k", "<i4"),
+        ("seed", "<u4"),
+        ("prompt_len", "<i4"),  # tokens [0, prompt_len) are prompt, the rest was generated
+        ("num_logprobs", "<i4"),  # -1: none; 0: the sampled token's; n: and the n best
+    ]
+)
+"""One row's sampling parameters on the wire and in the coordinator's table."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    """Base of messages on ZeroMQ channels."""
+
+
+# ---------------------------------------------------------------- coordinator → worker
+
+
+class LogitBias(Message):
+    """Biases of the rows that have any: `token_ids` and `values` are [rows, width], padded with -1
+    and 0. A value of -inf forbids the token (how `min_tokens` is enforced)."""
+
+    width: int
+    token_ids: bytes  # int32
+    values: bytes  # float32
+
+
+class PrefillStep(Message):
+    """Run one chunk for each of R requests, packed one after another.
+
+    Request r brings tokens `cu_q_lens[r]:cu_q_lens[r + 1]`; they are the last ones of the first
+    `context_lens[r]` tokens of that request. Where `samples[r]`, the chunk is the prompt's last and
+    one token is sampled from its final position; it is written to `tokens[rows[r], context_lens[r]]`.
+    """
+
+    step_id: int
+    token_ids: bytes  # int32 [T]
+    cu_q_lens: bytes  # int32 [R + 1]
+    context_lens: bytes  # int32 [R]
+    rows: bytes  # int32 [R]
+    samples: bytes  # bool [R]
+    table_width: int
+    page_table: bytes  # int32 [R, table_width]
+    sampling: bytes  # ROW_SAMPLING [R]
+    bias: LogitBias | None = None
+
+
+class DecodeStep(Message):
+    """Generate one token for each of B rows.
+
+    Row b's input token is `tokens[rows[b], context_lens[b] - 1]`, already in shared memory: written
+    by prefill or by an earlier decode step. The sampled one goes to `tokens[rows[b], context_lens[b]]`.
+    """
+
+    step_id: int
+    context_lens: bytes  # int32 [B]: tokens visible to the row, including this step's input
+    rows: bytes  # int32 [B]
+    table_width: int
+    page_table: bytes  # int32 [B, table_width]
+    sampling: bytes  # ROW_SAMPLING [B]
+    bias: LogitBias | None = None
+
+
+class Stop(Message):
+    """Finish what was sent, then exit."""
+
+
+type ToWorker = PrefillStep | DecodeStep | Stop
+
+# ---------------------------------------------------------------- worker → coordinator
+
+
+class WorkerReady(Message):
+    """Memory is mapped and every bucket is compiled: steps may be sent.
+
+    `worker_id` names one process for good: a replacement has another one.
+    """
+
+    worker_id: str
+    phase: Phase
+    share: float
+
+
+class StepLogprobs(Message):
+    """Of each row, in step order: the sampled token's and the best `MAX_LOGPROBS` tokens'."""
+
+    sampled: bytes  # float32 [rows]
+    top_ids: bytes  # int32 [rows, MAX_LOGPROBS]
+    top_logprobs: bytes  # float32 [rows, MAX_LOGPROBS]
+
+
+class StepDone(Message):
+    """Everything the step wrote is visible to all processes."""
+
+    worker_id: str
+    step_id: int
+    token_ids: bytes  # int32 [rows of the step]; meaningless where `samples` is false
+    device_s: float  # time from dispatch, or from the previous step's end, to the end of this step
+    num_compiles: int  # programs compiled since WorkerReady; anything but 0 is a defect
+    logprobs: StepLogprobs | None = None
+
+
+type FromWorker = WorkerReady | StepDone
+
+# ---------------------------------------------------------------- client → coordinator
+
+
+class Submit(Message):
+    """`handle` is the client's own number for the request; replies carry it.
+
+    `sampling` in the request is complete: `max_tokens` and `seed` are set, and `stop_token_ids`
+    includes the model's end-of-sequence tokens unless `ignore_eos`.
+    """
+
+    handle: int
+    request: Request
+
+
+class Abort(Message):
+    """The client wants no more tokens. Answered by a FINISHED output, unless already finished.
+    `reason` is what that output reports: ABORT, or STOP when the client found a stop string."""
+
+    handle: int
+    reason: FinishReason = FinishReason.ABORT
+
+
+class GetStats(Message):
+    """Answered by `Stats` with the same `query_id`."""
+
+    query_id: int
+
+
+type ToCoordinator = Submit | Abort | GetStats
+
+# ---------------------------------------------------------------- coordinator → client
+
+
+class Refused(Message):
+    handle: int
+    error: Literal["overloaded", "unavailable"]
+    message: str
+
+
+class Admitted(Message):
+    """Prefill of the request begins."""
+
+    handle: int
+    cached_tokens: int
+    queue_s: float
+
+
+class Done(Message):
+    """The request's last message. `error` is set when the engine gave up on it."""
+
+    handle: int
+    reason: FinishReason
+    timings: Timings
+    completion_tokens: int
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+class Outputs(Message):
+    """What one step brought for this client: the i-th token belongs to the i-th handle.
+
+    `logprobs` names positions in the two arrays; a request that did not ask for any is absent.
+    `done` comes after the tokens.
+    """
+
+    handles: bytes  # int64
+    token_ids: bytes  # int32
+    logprobs: list[tuple[int, TokenLogprob]]
+    done: list[Done]
+
+
+class Stats(Message):
+    query_id: int
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int
+    num_quarantined_pages: int
+    num_preemptions: int
+    num_prefill_steps: int
+    num_decode_steps: int
+    num_worker_restarts: int
+    num_compiles: int  # after warm-up
+    max_plan_s: float
+    mean_plan_s: float
+
+
+type FromCoordinator = Refused | Admitted | Outputs | Stats
+
+# ---------------------------------------------------------------- launcher ⇄ children (JSON lines)
+
+
+class Line(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of messages on pipes."""
+
+
+class MemoryLayout(Line):
+    """What the memory owner decided: sizes that every other process needs."""
+
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    page_size: int
+    num_pages: int  # including scratch page 0
+    num_rows: int  # including scratch row 0
+    weight_bytes: int
+    kv_bytes: int
+    eos_token_ids: tuple[int, ...]
+
+
+class ChildSpec(Line):
+    """First line on a child's standard input: everything it needs to know.
+
+    `run_dir` is a private directory that holds the sockets. `layout` is absent for the memory
+    owner, who makes it, and for whoever starts before it.
+    """
+
+    name: str
+    run_dir: str
+    config: EngineConfig
+    layout: MemoryLayout | None = None
+    phase: Phase | None = None
+    share: float | None = None
+    extra: dict[str, str] = {}
+
+
+class WorkerLost(Line):
+    """To the coordinator: this worker's process is gone; a replacement is being started."""
+
+    worker_id: str
+
+
+class Serve(Line):
+    """To the front end: every process is ready."""
+
+    layout: MemoryLayout
+
+
+class Drain(Line):
+    """To the front end: refuse new requests, finish the running ones, then exit."""
+
+
+type ToChild = ChildSpec | WorkerLost | Serve | Drain
+
+
+class Progress(Line):
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+class Ready(Line):
+    """The child did its part of the start-up. The memory owner's carries the layout, the front
+    end's says where it listens."""
+
+    layout: MemoryLayout | None = None
+    address: str | None = None
+
+
+class Stalled(Line):
+    """From the coordinator: this worker holds a step for longer than the step timeout."""
+
+    worker_id: str
+
+
+class Failed(Line):
+    """The child cannot go on. `kind` is the name of a class in `semipd_jax.errors`."""
+
+    kind: str
+    message: str
+
+
+type FromChild = Progress | Ready | Stalled | Failed
