@@ -116,7 +116,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareConfig:
-    """Fraction of the device's compute that each phase may use; the two may add up to more than 1."""
+    """Fraction of the device's compute that each phase may use; they may add up to more than 1."""
 
     prefill: float = 1.0
     decode: float = 1.0

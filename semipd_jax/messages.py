@@ -59,7 +59,8 @@ class PrefillStep(Message):
 
     Request r brings tokens `cu_q_lens[r]:cu_q_lens[r + 1]`; they are the last ones of the first
     `context_lens[r]` tokens of that request. Where `samples[r]`, the chunk is the prompt's last and
-    one token is sampled from its final position; it is written to `tokens[rows[r], context_lens[r]]`.
+    one token is sampled from its final position and written to
+    `tokens[rows[r], context_lens[r]]`.
     """
 
     step_id: int
@@ -78,7 +79,8 @@ class DecodeStep(Message):
     """Generate one token for each of B rows.
 
     Row b's input token is `tokens[rows[b], context_lens[b] - 1]`, already in shared memory: written
-    by prefill or by an earlier decode step. The sampled one goes to `tokens[rows[b], context_lens[b]]`.
+    by prefill or by an earlier decode step. The sampled one goes to
+    `tokens[rows[b], context_lens[b]]`.
     """
 
     step_id: int

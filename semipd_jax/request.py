@@ -208,14 +208,14 @@ def validate_prompt(
         )
     if len(token_ids) >= max_model_len:
         raise InvalidRequestError(
-            f"the prompt has {len(token_ids)} tokens; allowed: at most {max_model_len - 1}, so that "
-            f"one more fits into the model length of {max_model_len}",
+            f"the prompt has {len(token_ids)} tokens; allowed: at most {max_model_len - 1}, so "
+            f"that one more fits into the model length of {max_model_len}",
             field="prompt",
         )
     if max_tokens is not None and len(token_ids) + max_tokens > max_model_len:
         raise InvalidRequestError(
-            f"max_tokens is {max_tokens}; allowed: at most {max_model_len - len(token_ids)} after a "
-            f"prompt of {len(token_ids)} tokens (model length {max_model_len})",
+            f"max_tokens is {max_tokens}; allowed: at most {max_model_len - len(token_ids)} after "
+            f"a prompt of {len(token_ids)} tokens (model length {max_model_len})",
             field="max_tokens",
         )
     lowest, highest = min(token_ids), max(token_ids)
