@@ -45,7 +45,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
 # ---------------------------------------------------------------- coordinator → worker
 
 
-class LogitBias(Message):
+class LogitBias(Message, frozen=True):
     """Biases of the rows that have any: `token_ids` and `values` are [rows, width], padded with -1
     and 0. A value of -inf forbids the token (how `min_tokens` is enforced)."""
 
@@ -54,7 +54,7 @@ class LogitBias(Message):
     values: bytes  # float32
 
 
-class PrefillStep(Message):
+class PrefillStep(Message, frozen=True):
     """Run one chunk for each of R requests, packed one after another.
 
     Request r brings tokens `cu_q_lens[r]:cu_q_lens[r + 1]`; they are the last ones of the first
@@ -75,7 +75,7 @@ class PrefillStep(Message):
     bias: LogitBias | None = None
 
 
-class DecodeStep(Message):
+class DecodeStep(Message, frozen=True):
     """Generate one token for each of B rows.
 
     Row b's input token is `tokens[rows[b], context_lens[b] - 1]`, already in shared memory: written
@@ -92,7 +92,7 @@ class DecodeStep(Message):
     bias: LogitBias | None = None
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Finish what was sent, then exit."""
 
 
@@ -101,7 +101,7 @@ type ToWorker = PrefillStep | DecodeStep | Stop
 # ---------------------------------------------------------------- worker → coordinator
 
 
-class WorkerReady(Message):
+class WorkerReady(Message, frozen=True):
     """Memory is mapped and every bucket is compiled: steps may be sent.
 
     `worker_id` names one process for good: a replacement has another one.
@@ -112,7 +112,7 @@ class WorkerReady(Message):
     share: float
 
 
-class StepLogprobs(Message):
+class StepLogprobs(Message, frozen=True):
     """Of each row, in step order: the sampled token's and the best `MAX_LOGPROBS` tokens'."""
 
     sampled: bytes  # float32 [rows]
@@ -120,7 +120,7 @@ class StepLogprobs(Message):
     top_logprobs: bytes  # float32 [rows, MAX_LOGPROBS]
 
 
-class StepDone(Message):
+class StepDone(Message, frozen=True):
     """Everything the step wrote is visible to all processes."""
 
     worker_id: str
@@ -136,7 +136,7 @@ type FromWorker = WorkerReady | StepDone
 # ---------------------------------------------------------------- client → coordinator
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """`handle` is the client's own number for the request; replies carry it.
 
     `sampling` in the request is complete: `max_tokens` and `seed` are set, and `stop_token_ids`
@@ -147,7 +147,7 @@ class Submit(Message):
     request: Request
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """The client wants no more tokens. Answered by a FINISHED output, unless already finished.
     `reason` is what that output reports: ABORT, or STOP when the client found a stop string."""
 
@@ -155,7 +155,7 @@ class Abort(Message):
     reason: FinishReason = FinishReason.ABORT
 
 
-class GetStats(Message):
+class GetStats(Message, frozen=True):
     """Answered by `Stats` with the same `query_id`."""
 
     query_id: int
@@ -166,13 +166,13 @@ type ToCoordinator = Submit | Abort | GetStats
 # ---------------------------------------------------------------- coordinator → client
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     handle: int
     error: Literal["overloaded", "unavailable"]
     message: str
 
 
-class Admitted(Message):
+class Admitted(Message, frozen=True):
     """Prefill of the request begins."""
 
     handle: int
@@ -180,7 +180,7 @@ class Admitted(Message):
     queue_s: float
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """The request's last message. `error` is set when the engine gave up on it."""
 
     handle: int
@@ -191,7 +191,7 @@ class Done(Message):
     error: str | None = None
 
 
-class Outputs(Message):
+class Outputs(Message, frozen=True):
     """What one step brought for this client: the i-th token belongs to the i-th handle.
 
     `logprobs` names positions in the two arrays; a request that did not ask for any is absent.
@@ -204,7 +204,7 @@ class Outputs(Message):
     done: list[Done]
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     query_id: int
     num_running: int
     num_waiting: int
@@ -229,7 +229,7 @@ class Line(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Base of messages on pipes."""
 
 
-class MemoryLayout(Line):
+class MemoryLayout(Line, frozen=True):
     """What the memory owner decided: sizes that every other process needs."""
 
     dtype: str
@@ -243,7 +243,7 @@ class MemoryLayout(Line):
     eos_token_ids: tuple[int, ...]
 
 
-class ChildSpec(Line):
+class ChildSpec(Line, frozen=True):
     """First line on a child's standard input: everything it needs to know.
 
     `run_dir` is a private directory that holds the sockets. `layout` is absent for the memory
@@ -259,33 +259,33 @@ class ChildSpec(Line):
     extra: dict[str, str] = {}
 
 
-class WorkerLost(Line):
+class WorkerLost(Line, frozen=True):
     """To the coordinator: this worker's process is gone; a replacement is being started."""
 
     worker_id: str
 
 
-class Serve(Line):
+class Serve(Line, frozen=True):
     """To the front end: every process is ready."""
 
     layout: MemoryLayout
 
 
-class Drain(Line):
+class Drain(Line, frozen=True):
     """To the front end: refuse new requests, finish the running ones, then exit."""
 
 
 type ToChild = ChildSpec | WorkerLost | Serve | Drain
 
 
-class Progress(Line):
+class Progress(Line, frozen=True):
     stage: str
     done: int
     total: int
     detail: str = ""
 
 
-class Ready(Line):
+class Ready(Line, frozen=True):
     """The child did its part of the start-up. The memory owner's carries the layout, the front
     end's says where it listens."""
 
@@ -293,13 +293,13 @@ class Ready(Line):
     address: str | None = None
 
 
-class Stalled(Line):
+class Stalled(Line, frozen=True):
     """From the coordinator: this worker holds a step for longer than the step timeout."""
 
     worker_id: str
 
 
-class Failed(Line):
+class Failed(Line, frozen=True):
     """The child cannot go on. `kind` is the name of a class in `semipd_jax.errors`."""
 
     kind: str

@@ -22,7 +22,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def endpoint(run_dir: str, name: str) -> str:
-    """ZeroMQ address of socket `name`. Raises ValueError unless `run_dir` is private to this user."""
+    """ZeroMQ address of socket `name`; raises ValueError unless `run_dir` is private to us."""
     info = os.stat(run_dir)
     if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != 0o700:
         raise ValueError(f"{run_dir} must belong to this user with mode 0700")
