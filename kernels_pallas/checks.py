@@ -1,0 +1,62 @@
+"""What every op asks of its arguments, and how it picks an implementation.
+
+Shapes and dtypes are known while tracing, so these checks cost nothing when a program runs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Final, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+type Implementation = Literal["reference", "mosaic_gpu", "triton"]
+
+FLOAT_DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raises ValueError naming the argument, its value and what is allowed, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def require_array(name: str, array: Array, shape: tuple[int | None, ...], *dtypes: str) -> None:
+    """Raises ValueError for another shape than `shape` (None: any size), TypeError for the dtype."""
+    fits = array.ndim == len(shape) and all(
+        want in (None, size) for want, size in zip(shape, array.shape, strict=True)
+    )
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    require(fits, f"{name}.shape", array.shape, f"({wanted})")
+    if jnp.dtype(array.dtype).name not in dtypes:
+        raise TypeError(f"{name}.dtype is {array.dtype}; allowed: {', '.join(dtypes)}")
+
+
+def require_pages(k_pages: Array, v_pages: Array) -> None:
+    """k_pages and v_pages are [P, K, page_size, H], alike, floating point and not empty."""
+    require_array("k_pages", k_pages, (None,) * 4, *FLOAT_DTYPES)
+    require_array("v_pages", v_pages, k_pages.shape, k_pages.dtype.name)
+    require(k_pages.size > 0, "k_pages.shape", k_pages.shape, "no dimension of size 0")
+
+
+def require_queries(q: Array, k_pages: Array) -> None:
+    """q is [rows, N, H] in the pages' dtype, and N is a multiple of their K."""
+    kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+    require_array("q", q, (None, None, head_dim), k_pages.dtype.name)
+    heads = q.shape[1]
+    ok = heads > 0 and heads % kv_heads == 0
+    require(ok, "number of query heads (q.shape[1])", heads, f"a multiple of {kv_heads}")
+
+
+def require_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:
+    """The options that both attention ops share."""
+    require(scale is None or scale > 0, "scale", scale, "above 0, or None")
+    require(window is None or window >= 1, "window", window, "at least 1, or None")
+    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "above 0, or None")
+
+
+def choose[F: Callable](table: Mapping[Implementation, F], name: Implementation | None) -> F:
+    """The implementation called `name`; None is the first, which runs on every platform."""
+    if name is None:
+        return next(iter(table.values()))
+    require(name in table, "implementation", name, ", ".join(table))
+    return table[name]
