@@ -1,0 +1,68 @@
+"""Which rows the next decode step advances, which get a page, and who gives way if none is free."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from semipd_jax.scheduler.state import RequestState, SchedulerState, ints
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """`grow` are the rows among `rows` that take one more page; `victims` are preempted first."""
+
+    rows: Int32[np.ndarray, " B"]
+    grow: list[int]
+    victims: list[RequestState]
+
+
+def plan_decode(state: SchedulerState) -> DecodePlan | None:
+    """Returns the next step, or None if no row can advance.
+
+    Every decoding row advances by one token unless it lacks a page. Pages go to the oldest rows
+    first; the others wait for pages in quarantine, or if there are none, the youngest requests are
+    preempted until the need is met.
+    """
+    table = state.table
+    rows = np.flatnonzero(table.active & (table.context_lens <= table.max_context_lens))
+    if rows.size == 0:
+        return None
+    capacity = table.num_pages[rows] * state.limits.page_size
+    short = rows[table.context_lens[rows] > capacity]
+    if short.size <= state.pages.num_free:
+        return DecodePlan(rows.astype(np.int32), ints(short), [])
+    return _plan_under_pressure(state, rows, short)
+
+
+def _plan_under_pressure(
+    state: SchedulerState, rows: np.ndarray, short: np.ndarray
+) -> DecodePlan | None:
+    requests = state.table.requests
+    needy: list[RequestState] = sorted(
+        (r for row in ints(short) if (r := requests[row]) is not None),
+        key=lambda r: r.admitted_at,
+    )
+    victims = [] if state.quarantine.num_pages else _victims(state, needy)
+    gone = {v.row for v in victims}
+    # Pages of victims with steps in flight go to quarantine first: do not count on them.
+    free = state.pages.num_free + sum(len(v.page_ids) for v in victims if not v.steps)
+    grow = [r.row for r in needy if r.row not in gone][:free]
+    stalled = {r.row for r in needy} - set(grow)
+    advancing = [row for row in ints(rows) if row not in gone and row not in stalled]
+    if not advancing and not victims:
+        return None
+    return DecodePlan(np.array(advancing, np.int32), grow, victims)
+
+
+def _victims(state: SchedulerState, needy: list[RequestState]) -> list[RequestState]:
+    """The youngest requests, until what they hold covers what the remaining needy rows lack."""
+    victims: list[RequestState] = []
+    holders = sorted([*state.decoding, *state.prefilling], key=lambda r: r.admitted_at)
+    freed, need = state.pages.num_free, len(needy)
+    while freed < need and len(holders) > 1:
+        victim = holders.pop()
+        victims.append(victim)
+        freed += len(victim.page_ids)
+        need -= victim in needy
+    return victims

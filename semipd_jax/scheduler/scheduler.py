@@ -1,0 +1,300 @@
+"""The one place that acts: applies plans to the state, makes steps of them, takes in their replies.
+
+Host only and free of I/O: the coordinator feeds it and sends what it returns. Steps may be answered
+in any order between phases; within a phase they are answered in the order they were sent.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from semipd_jax.messages import DecodeStep, Phase, PrefillStep, StepDone
+from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
+from semipd_jax.scheduler import wire
+from semipd_jax.scheduler.decode import plan_decode
+from semipd_jax.scheduler.prefill import plan_prefill
+from semipd_jax.scheduler.state import (
+    SCRATCH_ROW,
+    Chunk,
+    Limits,
+    RequestState,
+    SchedulerState,
+    Stage,
+    StepInFlight,
+    ints,
+    pages_for,
+)
+
+MAX_CRASHES = 3
+"""Workers that may die while running a step of the same request before it is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One new token of a request."""
+
+    request: RequestState
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A request is gone. `error` is set when the engine gave up on it."""
+
+    request: RequestState
+    reason: FinishReason
+    timings: Timings
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """What a reply or an abort brought, for clients."""
+
+    tokens: list[Token] = field(default_factory=list[Token])
+    endings: list[Ending] = field(default_factory=list[Ending])
+
+
+@dataclass(frozen=True, slots=True)
+class Sent[Step: (PrefillStep, DecodeStep)]:
+    """A step to send, and the requests that were admitted with it."""
+
+    step: Step
+    admitted: list[RequestState]
+
+
+class Scheduler:
+    def __init__(self, limits: Limits) -> None:
+        self.state = SchedulerState(limits)
+        self.num_preemptions = 0
+        self._next_step_id = 1
+        self._num_admitted = 0
+
+    # ------------------------------------------------------------ requests come and go
+
+    def submit(self, client: str, handle: int, request: Request, *, now_s: float) -> bool:
+        """Queues a complete request (see `messages.Submit`). Returns False if the queue is full."""
+        state = self.state
+        if len(state.waiting) >= state.limits.max_num_queued_reqs:
+            return False
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        room = state.limits.max_model_len - len(prompt)
+        new = RequestState(
+            client=client,
+            handle=handle,
+            request=request,
+            arrival_s=now_s,
+            token_ids=list(prompt),
+            max_len=len(prompt) + min(room, sampling.max_tokens or room),
+            stop_ids=frozenset(sampling.stop_token_ids),
+        )
+        state.requests[client, handle] = new
+        state.waiting.append(new)
+        return True
+
+    def abort(self, client: str, handle: int, reason: FinishReason, *, now_s: float) -> Result:
+        """Ends a request at once; unknown ones (already finished) are ignored."""
+        request = self.state.requests.get((client, handle))
+        if request is None:
+            return Result()
+        return Result(endings=[self._end(request, reason, now_s=now_s)])
+
+    def abort_client(self, client: str, *, now_s: float) -> None:
+        """Ends everything that a vanished client asked for."""
+        for owner, handle in list(self.state.requests):
+            if owner == client:
+                self.abort(client, handle, FinishReason.ABORT, now_s=now_s)
+
+    # ------------------------------------------------------------ plans become steps
+
+    def next_prefill(self, *, now_s: float) -> Sent[PrefillStep] | None:
+        """Plans, applies and returns the next prefill step, or None if there is none to run."""
+        plan = plan_prefill(self.state)
+        if plan is None:
+            return None
+        admitted = [c.request for c in plan.chunks if c.request.stage is Stage.WAITING]
+        for request in admitted:
+            self._admit(request, now_s=now_s)
+        step_id = self._take_step_id("prefill", [c.request for c in plan.chunks], plan.chunks)
+        for chunk in plan.chunks:
+            request = chunk.request
+            self._grow(request, pages_for(chunk.end, self.state.limits.page_size))
+            request.num_scheduled = chunk.end
+            request.steps.add(step_id)
+        return Sent(wire.prefill_step(step_id, plan.chunks, self.state.table), admitted)
+
+    def next_decode(self) -> Sent[DecodeStep] | None:
+        """Plans, applies and returns the next decode step, or None if no row can advance."""
+        plan = plan_decode(self.state)
+        if plan is None:
+            return None
+        for victim in plan.victims:
+            self._preempt(victim)
+        if plan.rows.size == 0:
+            return None
+        table = self.state.table
+        for row in plan.grow:
+            request = table.requests[row]
+            assert request is not None
+            self._grow(request, len(request.page_ids) + 1)
+        requests = [r for row in ints(plan.rows) if (r := table.requests[row]) is not None]
+        step_id = self._take_step_id("decode", requests, [])
+        for request in requests:
+            request.num_scheduled += 1
+            request.steps.add(step_id)
+        step = wire.decode_step(step_id, plan.rows, table)
+        table.context_lens[plan.rows] += 1
+        return Sent(step, [])
+
+    # ------------------------------------------------------------ replies
+
+    def step_done(self, reply: StepDone, *, now_s: float) -> Result:
+        """Takes in a reply. Rows whose request left the step meanwhile are ignored."""
+        step = self.state.in_flight.pop(reply.step_id)
+        result = Result()
+        token_ids = wire.token_ids(reply)
+        logprobs = wire.Logprobs(reply)
+        samples = [c.samples for c in step.chunks] or [True] * len(step.requests)
+        for i, (request, token, sampled) in enumerate(
+            zip(step.requests, token_ids, samples, strict=True)
+        ):
+            if reply.step_id not in request.steps:
+                continue
+            request.steps.discard(reply.step_id)
+            if sampled:
+                logprob = logprobs.of(i, request.request.sampling.logprobs)
+                result.tokens.append(Token(request, token, logprob))
+                self._take_token(request, token, result, now_s=now_s)
+        self._release_quarantine(reply.step_id)
+        return result
+
+    def worker_lost(self, step_ids: Iterable[int], *, now_s: float) -> Result:
+        """Counts a crash against the requests of the step that was running (the first of
+        `step_ids`) and gives up those that crashed too often. The steps stay in flight: the caller
+        sends them again, they compute the same thing."""
+        result = Result()
+        for step_id in list(step_ids)[:1]:
+            for request in self.state.in_flight[step_id].requests:
+                request.num_crashes += 1
+                if request.num_crashes >= MAX_CRASHES and request.stage is not Stage.GONE:
+                    error = f"a worker died {MAX_CRASHES} times while running this request"
+                    ending = self._end(request, FinishReason.ABORT, now_s=now_s, error=error)
+                    result.endings.append(ending)
+        return result
+
+    def drop_step(self, step_id: int) -> None:
+        """Forgets a step that no worker has and that nobody waits for."""
+        self.state.in_flight.pop(step_id)
+        self._release_quarantine(step_id)
+
+    # ------------------------------------------------------------ changes of the state
+
+    def _admit(self, request: RequestState, *, now_s: float) -> None:
+        state = self.state
+        assert state.waiting[0] is request, "admission is in order"
+        state.waiting.popleft()
+        request.row = state.free_rows.pop()
+        request.stage = Stage.PREFILLING
+        request.admitted_at = self._num_admitted
+        self._num_admitted += 1
+        if request.admitted_s is None:
+            request.admitted_s = now_s
+        state.prefilling.append(request)
+        state.table.requests[request.row] = request
+        wire.fill_row(state.table, request)
+
+    def _grow(self, request: RequestState, num_pages: int) -> None:
+        table, held = self.state.table, len(request.page_ids)
+        if num_pages <= held:
+            return
+        pages = self.state.pages.allocate(num_pages - held)
+        assert pages is not None, "a plan named more pages than are free"
+        request.page_ids += pages
+        table.page_table[request.row, held:num_pages] = pages
+        table.num_pages[request.row] = num_pages
+
+    def _take_step_id(self, phase: Phase, requests: list[RequestState], chunks: list[Chunk]) -> int:
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        self.state.in_flight[step_id] = StepInFlight(step_id, phase, requests, chunks)
+        return step_id
+
+    def _take_token(
+        self, request: RequestState, token: int, result: Result, *, now_s: float
+    ) -> None:
+        request.token_ids.append(token)
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+        if token in request.stop_ids:
+            reason = FinishReason.STOP
+            result.endings.append(self._end(request, reason, now_s=now_s, stop_token_id=token))
+        elif len(request.token_ids) >= request.max_len:
+            result.endings.append(self._end(request, FinishReason.LENGTH, now_s=now_s))
+        elif request.stage is Stage.PREFILLING:
+            self._hand_off(request)
+
+    def _hand_off(self, request: RequestState) -> None:
+        """Prefill → decode: nothing moves, the row becomes active."""
+        self.state.prefilling.remove(request)
+        request.stage = Stage.DECODING
+        table = self.state.table
+        table.context_lens[request.row] = len(request.token_ids)
+        table.max_context_lens[request.row] = request.max_len - 1
+        table.active[request.row] = True
+
+    def _preempt(self, request: RequestState) -> None:
+        """Back to the head of the queue; all tokens are kept, all KV is given up."""
+        self._leave_row(request)
+        request.stage = Stage.WAITING
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.state.waiting.appendleft(request)
+
+    def _end(
+        self,
+        request: RequestState,
+        reason: FinishReason,
+        *,
+        now_s: float,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+    ) -> Ending:
+        if request.stage is Stage.WAITING:
+            self.state.waiting.remove(request)
+        else:
+            self._leave_row(request)
+        request.stage = Stage.GONE
+        del self.state.requests[request.client, request.handle]
+        return Ending(request, reason, _timings(request, now_s), stop_token_id, error)
+
+    def _leave_row(self, request: RequestState) -> None:
+        state = self.state
+        if request.stage is Stage.PREFILLING:
+            state.prefilling.remove(request)
+        state.table.clear(request.row)
+        if request.steps:
+            state.quarantine.hold(request.page_ids, request.row, request.steps)
+        else:
+            state.pages.free(request.page_ids)
+            state.free_rows.append(request.row)
+        request.page_ids = []
+        request.row = SCRATCH_ROW
+        request.steps = set()
+        request.num_scheduled = 0
+
+    def _release_quarantine(self, step_id: int) -> None:
+        for page_ids, row in self.state.quarantine.step_done(step_id):
+            self.state.pages.free(page_ids)
+            self.state.free_rows.append(row)
+
+
+def _timings(request: RequestState, now_s: float) -> Timings:
+    admitted = request.admitted_s if request.admitted_s is not None else now_s
+    first = request.first_token_s if request.first_token_s is not None else now_s
+    return Timings(
+        queue_s=admitted - request.arrival_s,
+        prefill_s=first - admitted,
+        decode_s=now_s - first,
+        num_preemptions=request.num_preemptions,
+    )

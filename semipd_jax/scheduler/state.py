@@ -1,0 +1,194 @@
+"""Everything the coordinator knows: requests, rows, pages, steps in flight.
+
+A request moves waiting → prefilling → decoding → gone. From `prefilling` on it holds a row (its
+index in every per-row table, on the host and in shared memory) and pages. A preempted request goes
+back to waiting with all its tokens; prefill then computes prompt and output again.
+
+Plans (`scheduler.prefill`, `scheduler.decode`) only read it; `scheduler.scheduler` changes it.
+"""
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from semipd_jax.messages import ROW_SAMPLING, Phase
+from semipd_jax.paging.allocator import PageAllocator
+from semipd_jax.paging.quarantine import Quarantine
+from semipd_jax.request import Request
+
+SCRATCH_ROW: Final = 0
+
+
+class Stage(enum.Enum):
+    WAITING = enum.auto()
+    PREFILLING = enum.auto()
+    DECODING = enum.auto()
+    GONE = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """One request's life in the engine.
+
+    Attributes:
+      client, handle: who asked, and the client's number for it.
+      token_ids: prompt and output, as far as replies have come.
+      max_len: most tokens in all, prompt included.
+      stop_ids: tokens that end it.
+      num_scheduled: leading tokens whose KV a sent step has written or will write.
+      steps: ids of steps in flight whose results still count for this request.
+      admitted_at: position in the order of admission; the youngest is preempted first.
+      num_crashes: workers lost while they ran a step of this request.
+    """
+
+    client: str
+    handle: int
+    request: Request
+    arrival_s: float
+    token_ids: list[int]
+    max_len: int
+    stop_ids: frozenset[int]
+    stage: Stage = Stage.WAITING
+    row: int = SCRATCH_ROW
+    page_ids: list[int] = field(default_factory=list[int])
+    num_scheduled: int = 0
+    steps: set[int] = field(default_factory=set[int])
+    admitted_at: int = -1
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    num_preemptions: int = 0
+    num_crashes: int = 0
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of a request, in one prefill step. `samples`: the last ones it has."""
+
+    request: RequestState
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was planned and not answered. `requests` are in the order of its rows."""
+
+    step_id: int
+    phase: Phase
+    requests: list[RequestState]
+    chunks: list[Chunk]
+
+
+class RowTable:
+    """Per-row columns, indexed by row; what a decode step needs is one fancy index away.
+
+    Attributes:
+      active: the row decodes.
+      context_lens: of the row's next decode step: tokens visible to it, its input included.
+      max_context_lens: of the row's last decode step.
+      num_pages: held by the row.
+      has_bias: the row has a logit bias or a minimum length.
+    """
+
+    def __init__(self, num_rows: int, table_width: int) -> None:
+        self.page_table: Int32[np.ndarray, "rows M"] = np.zeros((num_rows, table_width), np.int32)
+        self.sampling = np.zeros(num_rows, ROW_SAMPLING)
+        self.active: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
+        self.context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.max_context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.num_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
+        self.requests: list[RequestState | None] = [None] * num_rows
+
+    def clear(self, row: int) -> None:
+        self.page_table[row] = 0
+        self.active[row] = False
+        self.num_pages[row] = 0
+        self.has_bias[row] = False
+        self.requests[row] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes that plans respect; `num_pages` and `num_rows` include the scratch ones."""
+
+    page_size: int
+    num_pages: int
+    num_rows: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_queued_reqs: int
+
+
+class SchedulerState:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pages = PageAllocator(limits.num_pages)
+        self.free_rows = list(range(limits.num_rows - 1, SCRATCH_ROW, -1))
+        self.quarantine = Quarantine()
+        self.table = RowTable(limits.num_rows, pages_for(limits.max_model_len, limits.page_size))
+        self.requests: dict[tuple[str, int], RequestState] = {}
+        self.waiting: deque[RequestState] = deque()
+        self.prefilling: list[RequestState] = []
+        self.in_flight: dict[int, StepInFlight] = {}
+
+    @property
+    def decoding(self) -> list[RequestState]:
+        rows = ints(np.flatnonzero(self.table.active))
+        return [r for row in rows if (r := self.table.requests[row]) is not None]
+
+    def check(self) -> None:
+        """Recomputes every invariant; raises AssertionError. For tests."""
+        held = [page for r in self.requests.values() for page in r.page_ids]
+        self.pages.check([*held, *self.quarantine.page_ids])
+        rows = [r.row for r in self.requests.values() if r.row != SCRATCH_ROW]
+        all_rows = sorted([*self.free_rows, *rows, *self.quarantine.rows])
+        assert all_rows == list(range(1, self.limits.num_rows)), f"rows: {all_rows}"
+        for request in self.requests.values():
+            self._check_request(request)
+        named = {id(r): step for step in self.in_flight.values() for r in step.requests}
+        for request in self.requests.values():
+            assert request.steps <= self.in_flight.keys(), "a counted step is not in flight"
+            assert not request.steps or id(request) in named
+        assert [r for r in self.requests.values() if r.stage is Stage.WAITING] or not self.waiting
+
+    def _check_request(self, r: RequestState) -> None:
+        table, page_size = self.table, self.limits.page_size
+        waiting = r.stage is Stage.WAITING
+        assert waiting == (r.row == SCRATCH_ROW) == (r in self.waiting)
+        assert (r.stage is Stage.PREFILLING) == (r in self.prefilling)
+        assert r.stage is not Stage.GONE
+        if waiting:
+            assert not r.page_ids
+            assert not r.steps
+            return
+        assert table.requests[r.row] is r
+        assert table.active[r.row] == (r.stage is Stage.DECODING)
+        assert table.num_pages[r.row] == len(r.page_ids)
+        assert table.page_table[r.row, : len(r.page_ids)].tolist() == r.page_ids
+        assert not table.page_table[r.row, len(r.page_ids) :].any()
+        assert len(r.page_ids) >= pages_for(r.num_scheduled, page_size)
+        assert len(r.token_ids) <= r.max_len
+
+
+def ints(array: np.ndarray) -> list[int]:
+    """A one-dimensional integer array as Python numbers."""
+    return array.tolist()
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that `num_tokens` tokens take."""
+    return -(-num_tokens // page_size)

@@ -1,0 +1,122 @@
+"""Scheduler state → step messages, replies → Python numbers. Arrays become bytes here only."""
+
+from itertools import accumulate
+
+import numpy as np
+from jaxtyping import Int32
+
+from semipd_jax.messages import DecodeStep, LogitBias, PrefillStep, StepDone
+from semipd_jax.request import MAX_LOGPROBS, TokenLogprob
+from semipd_jax.scheduler.state import Chunk, RequestState, RowTable, ints
+
+
+def fill_row(table: RowTable, request: RequestState) -> None:
+    """Writes what the sampler needs to know of a request into its row."""
+    p = request.request.sampling
+    table.sampling[request.row] = (
+        p.temperature,
+        p.top_p,
+        p.min_p,
+        p.presence_penalty,
+        p.frequency_penalty,
+        p.repetition_penalty,
+        p.top_k,
+        fold_seed(p.seed or 0),
+        request.num_prompt,
+        -1 if p.logprobs is None else p.logprobs,
+    )
+    table.has_bias[request.row] = bool(p.logit_bias) or p.min_tokens > 0
+
+
+def fold_seed(seed: int) -> int:
+    """A 64-bit seed as 32 bits; 32-bit seeds stay as they are."""
+    return (seed ^ (seed >> 32)) & 0xFFFFFFFF
+
+
+def prefill_step(step_id: int, chunks: list[Chunk], table: RowTable) -> PrefillStep:
+    requests = [c.request for c in chunks]
+    rows = np.array([r.row for r in requests], np.int32)
+    context_lens = [c.end for c in chunks]
+    table_width = max(len(r.page_ids) for r in requests)
+    token_ids = [t for c in chunks for t in c.request.token_ids[c.start : c.end]]
+    return PrefillStep(
+        step_id=step_id,
+        token_ids=_int32(token_ids),
+        cu_q_lens=_int32([0, *accumulate(c.end - c.start for c in chunks)]),
+        context_lens=_int32(context_lens),
+        rows=rows.tobytes(),
+        samples=np.array([c.samples for c in chunks], np.bool_).tobytes(),
+        table_width=table_width,
+        page_table=table.page_table[rows, :table_width].tobytes(),
+        sampling=table.sampling[rows].tobytes(),
+        bias=_logit_bias(table, rows, context_lens),
+    )
+
+
+def decode_step(step_id: int, rows: Int32[np.ndarray, " B"], table: RowTable) -> DecodeStep:
+    context_lens = table.context_lens[rows]
+    table_width = int(table.num_pages[rows].max())
+    return DecodeStep(
+        step_id=step_id,
+        context_lens=context_lens.tobytes(),
+        rows=rows.tobytes(),
+        table_width=table_width,
+        page_table=table.page_table[rows, :table_width].tobytes(),
+        sampling=table.sampling[rows].tobytes(),
+        bias=_logit_bias(table, rows, ints(context_lens)),
+    )
+
+
+def token_ids(reply: StepDone) -> list[int]:
+    return ints(np.frombuffer(reply.token_ids, "<i4"))
+
+
+class Logprobs:
+    """A reply's log-probabilities, row by row."""
+
+    def __init__(self, reply: StepDone) -> None:
+        given = reply.logprobs
+        self._given = given is not None
+        if given is not None:
+            self._tokens = np.frombuffer(reply.token_ids, "<i4")
+            self._sampled = np.frombuffer(given.sampled, "<f4")
+            self._ids = np.frombuffer(given.top_ids, "<i4").reshape(-1, MAX_LOGPROBS)
+            self._values = np.frombuffer(given.top_logprobs, "<f4").reshape(-1, MAX_LOGPROBS)
+
+    def of(self, i: int, num: int | None) -> TokenLogprob | None:
+        """Row i's sampled token with the `num` most likely ones; None if none were asked for."""
+        if num is None or not self._given:
+            return None
+        top = zip(self._ids[i, :num].tolist(), self._values[i, :num].tolist(), strict=True)
+        return TokenLogprob(int(self._tokens[i]), float(self._sampled[i]), tuple(top))
+
+
+def _logit_bias(table: RowTable, rows: np.ndarray, context_lens: list[int]) -> LogitBias | None:
+    """Biases of the step's rows; None if no row has any.
+
+    A row that generates its n-th token (counting from 0) with n < min_tokens may not stop.
+    """
+    if not table.has_bias[rows].any():
+        return None
+    biases: list[list[tuple[int, float]]] = []
+    for row, context_len in zip(ints(rows), context_lens, strict=True):
+        request = table.requests[row]
+        assert request is not None
+        sampling = request.request.sampling
+        bias = dict(sampling.logit_bias)
+        if context_len - request.num_prompt < sampling.min_tokens:
+            bias |= dict.fromkeys(request.stop_ids, -np.inf)
+        biases.append(list(bias.items()))
+    width = max(map(len, biases))
+    if width == 0:
+        return None
+    token_ids = np.full((len(biases), width), -1, np.int32)
+    values = np.zeros((len(biases), width), np.float32)
+    for i, bias in enumerate(biases):
+        for j, (token, value) in enumerate(bias):
+            token_ids[i, j], values[i, j] = token, value
+    return LogitBias(width=width, token_ids=token_ids.tobytes(), values=values.tobytes())
+
+
+def _int32(values: list[int]) -> bytes:
+    return np.array(values, np.int32).tobytes()
