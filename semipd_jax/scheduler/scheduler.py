@@ -4,7 +4,6 @@ Host only and free of I/O: the coordinator feeds it and sends what it returns. S
 in any order between phases; within a phase they are answered in the order they were sent.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from semipd_jax.messages import DecodeStep, Phase, PrefillStep, StepDone
@@ -25,7 +24,7 @@ from semipd_jax.scheduler.state import (
 )
 
 MAX_CRASHES = 3
-"""Workers that may die while running a step of the same request before it is given up."""
+"""Workers that may die in a row while running a step of the same request, before it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +161,7 @@ class Scheduler:
             if reply.step_id not in request.steps:
                 continue
             request.steps.discard(reply.step_id)
+            request.num_crashes = 0
             if sampled:
                 logprob = logprobs.of(i, request.request.sampling.logprobs)
                 result.tokens.append(Token(request, token, logprob))
@@ -169,24 +169,24 @@ class Scheduler:
         self._release_quarantine(reply.step_id)
         return result
 
-    def worker_lost(self, step_ids: Iterable[int], *, now_s: float) -> Result:
-        """Counts a crash against the requests of the step that was running (the first of
-        `step_ids`) and gives up those that crashed too often. The steps stay in flight: the caller
-        sends them again, they compute the same thing."""
-        result = Result()
-        for step_id in list(step_ids)[:1]:
-            for request in self.state.in_flight[step_id].requests:
-                request.num_crashes += 1
-                if request.num_crashes >= MAX_CRASHES and request.stage is not Stage.GONE:
-                    error = f"a worker died {MAX_CRASHES} times while running this request"
-                    ending = self._end(request, FinishReason.ABORT, now_s=now_s, error=error)
-                    result.endings.append(ending)
-        return result
+    def worker_lost(self, step_ids: list[int], *, now_s: float) -> Result:
+        """Takes back the steps (oldest first) of a worker that is gone: they are planned again.
 
-    def drop_step(self, step_id: int) -> None:
-        """Forgets a step that no worker has and that nobody waits for."""
-        self.state.in_flight.pop(step_id)
-        self._release_quarantine(step_id)
+        What they wrote does no harm, the same tokens go to the same places. A crash is counted
+        against the requests of the step that was running; who crashed too often is given up.
+        """
+        running = self.state.in_flight[step_ids[0]].requests if step_ids else []
+        for step_id in reversed(step_ids):
+            self._take_back(self.state.in_flight.pop(step_id))
+            self._release_quarantine(step_id)
+        result = Result()
+        for request in running:
+            request.num_crashes += 1
+            if request.num_crashes >= MAX_CRASHES and request.stage is not Stage.GONE:
+                error = f"a worker died {MAX_CRASHES} times while running this request"
+                reason = FinishReason.ABORT
+                result.endings.append(self._end(request, reason, now_s=now_s, error=error))
+        return result
 
     # ------------------------------------------------------------ changes of the state
 
@@ -219,6 +219,18 @@ class Scheduler:
         self._next_step_id += 1
         self.state.in_flight[step_id] = StepInFlight(step_id, phase, requests, chunks)
         return step_id
+
+    def _take_back(self, step: StepInFlight) -> None:
+        starts = [c.start for c in step.chunks] or [None] * len(step.requests)
+        for request, start in zip(step.requests, starts, strict=True):
+            if step.step_id not in request.steps:
+                continue
+            request.steps.discard(step.step_id)
+            if start is None:
+                request.num_scheduled -= 1
+                self.state.table.context_lens[request.row] -= 1
+            else:
+                request.num_scheduled = start
 
     def _take_token(
         self, request: RequestState, token: int, result: Result, *, now_s: float

@@ -42,7 +42,7 @@ class RequestState:
       num_scheduled: leading tokens whose KV a sent step has written or will write.
       steps: ids of steps in flight whose results still count for this request.
       admitted_at: position in the order of admission; the youngest is preempted first.
-      num_crashes: workers lost while they ran a step of this request.
+      num_crashes: workers lost in a row while they ran a step of this request.
     """
 
     client: str

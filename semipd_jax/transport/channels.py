@@ -15,6 +15,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+WORKERS: Final = "workers"
+CLIENTS: Final = "clients"
+"""Names of the coordinator's two sockets."""
+
 _HIGH_WATER_MARK: Final = 8192
 _MAX_IPC_PATH: Final = 100  # of 108 bytes in sockaddr_un
 

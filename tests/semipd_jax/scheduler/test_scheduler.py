@@ -177,16 +177,30 @@ def test_min_tokens_forbids_stop_ids_until_reached():
 
 
 def test_a_request_that_kills_workers_is_given_up():
-    scheduler, device = make_scheduler()
+    scheduler, _ = make_scheduler()
     scheduler.submit("c", 0, make_request(4, 8), now_s=0.0)
-    sent = scheduler.next_prefill(now_s=0.0)
-    assert sent is not None
-    results = [scheduler.worker_lost([sent.step.step_id], now_s=0.0) for _ in range(MAX_CRASHES)]
+    results = []
+    while sent := scheduler.next_prefill(now_s=0.0):
+        results.append(scheduler.worker_lost([sent.step.step_id], now_s=0.0))
+        scheduler.state.check()
+    assert len(results) == MAX_CRASHES
     assert not any(r.endings for r in results[:-1])
     assert "died" in results[-1].endings[0].error
-    scheduler.step_done(device.run(sent.step), now_s=0.0)
-    scheduler.state.check()
     assert not scheduler.state.requests
+
+
+def test_crashes_between_steps_that_succeed_are_forgiven():
+    scheduler, device = make_scheduler()
+    request = make_request(4, 8)
+    scheduler.submit("c", 0, request, now_s=0.0)
+    outcome = Outcome()
+    for _ in range(8):
+        for _ in range(MAX_CRASHES - 1):
+            sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
+            scheduler.worker_lost([sent.step.step_id], now_s=0.0)
+        sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
+        outcome.take(scheduler.step_done(device.run(sent.step), now_s=0.0))
+    assert outcome.tokens[0] == expected(request)[0]
 
 
 class Serving(RuleBasedStateMachine):
@@ -228,10 +242,11 @@ class Serving(RuleBasedStateMachine):
 
     @rule(phase=st.sampled_from(["prefill", "decode"]), ran=st.integers(0, 2))
     def lose_worker(self, phase, ran):
-        """Some of its steps had run, unanswered; all of them are run again later."""
+        """Some of its steps had run, unanswered; all of them are planned again."""
         for step in list(self.queues[phase])[:ran]:
             self.device.run(step)
         steps = [step.step_id for step in self.queues[phase]]
+        self.queues[phase].clear()
         self.outcome.take(self.scheduler.worker_lost(steps, now_s=0.0))
 
     @precondition(lambda self: self.requests)

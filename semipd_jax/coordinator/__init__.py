@@ -1,0 +1,1 @@
+"""The coordinator process: owns requests and pages, plans every step, runs none."""

@@ -1,0 +1,64 @@
+"""`python -m semipd_jax.coordinator`: a child process of the launcher."""
+
+from typing import Final
+
+from semipd_jax.child import Child, run_child
+from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.errors import StartupError
+from semipd_jax.messages import (
+    FromCoordinator,
+    FromWorker,
+    Stalled,
+    ToCoordinator,
+    ToWorker,
+    WorkerLost,
+)
+from semipd_jax.scheduler.scheduler import Scheduler
+from semipd_jax.scheduler.state import Limits
+from semipd_jax.transport.channels import CLIENTS, WORKERS, Hub, Poller
+
+_TICK_S: Final = 0.5
+
+
+def main(child: Child) -> None:
+    spec = child.spec
+    layout, config = spec.layout, spec.config.scheduler
+    if layout is None:
+        raise StartupError("the coordinator was started without a memory layout")
+    limits = Limits(
+        page_size=layout.page_size,
+        num_pages=layout.num_pages,
+        num_rows=layout.num_rows,
+        max_model_len=layout.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+    )
+    workers = Hub[FromWorker, ToWorker](spec.run_dir, WORKERS, FromWorker)
+    clients = Hub[ToCoordinator, FromCoordinator](spec.run_dir, CLIENTS, ToCoordinator)
+    coordinator = Coordinator(
+        Scheduler(limits),
+        workers,
+        clients,
+        step_timeout_s=spec.config.timeouts.step_s,
+        on_stalled=lambda worker_id: child.send(Stalled(worker_id=worker_id)),
+    )
+    poller = Poller()
+    for source in (workers, clients, child.fileno()):
+        poller.add(source)
+    child.ready()
+    while not child.stopping.is_set():
+        poller.wait(_TICK_S)
+        for command in child.receive():
+            if isinstance(command, WorkerLost):
+                coordinator.worker_lost(command.worker_id)
+        for _, message in workers.receive():
+            coordinator.from_worker(message)
+        for client, message in clients.receive():
+            coordinator.from_client(client, message)
+        coordinator.watch()
+    workers.close()
+    clients.close()
+
+
+if __name__ == "__main__":
+    run_child(main)

@@ -1,0 +1,217 @@
+"""Receive → update → plan → send: one loop over one scheduler.
+
+Each phase has up to `DEPTH` steps in flight: the next one waits at the worker while the last one
+runs, so the hop to this process costs nothing in the steady state. A step that was sent is sent
+again, unchanged, when its worker is lost: it writes the same tokens to the same places.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from semipd_jax.coordinator.outbox import outputs
+from semipd_jax.coordinator.workers import PhaseWorkers
+from semipd_jax.messages import (
+    Abort,
+    Admitted,
+    DecodeStep,
+    FromCoordinator,
+    FromWorker,
+    GetStats,
+    Phase,
+    PrefillStep,
+    Refused,
+    Stats,
+    StepDone,
+    Submit,
+    ToCoordinator,
+    ToWorker,
+    WorkerReady,
+)
+from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
+
+DEPTH: Final = 2
+
+_log = logging.getLogger(__name__)
+
+
+class Sender[Message](Protocol):
+    """The half of `transport.channels.Hub` that the coordinator needs."""
+
+    def send(self, peer: str, message: Message) -> bool: ...
+
+
+@dataclass(slots=True)
+class PlanTimes:
+    """Seconds this process spends on one reply: taking it in, planning the next step, sending."""
+
+    count: int = 0
+    total_s: float = 0.0
+    max_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.total_s += seconds
+        self.max_s = max(self.max_s, seconds)
+
+
+class Coordinator:
+    """Takes messages, returns nothing, sends what follows from them.
+
+    Args:
+      on_stalled: called with the id of a worker that holds a step for longer than `step_timeout_s`.
+      clock: seconds; one clock for everything in this process.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        workers: Sender[ToWorker],
+        clients: Sender[FromCoordinator],
+        *,
+        step_timeout_s: float,
+        on_stalled: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._workers = workers
+        self._clients = clients
+        self._step_timeout_s = step_timeout_s
+        self._on_stalled = on_stalled
+        self._clock = clock
+        self._phases: dict[Phase, PhaseWorkers] = {
+            "prefill": PhaseWorkers("prefill"),
+            "decode": PhaseWorkers("decode"),
+        }
+        self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        self._num_restarts = 0
+        self._num_compiles: dict[str, int] = {}
+        self._times = PlanTimes()
+
+    @property
+    def ready(self) -> bool:
+        return all(p.worker_id is not None for p in self._phases.values())
+
+    # ------------------------------------------------------------ receive
+
+    def from_worker(self, message: FromWorker) -> None:
+        match message:
+            case WorkerReady():
+                self._worker_ready(message)
+            case StepDone():
+                self._step_done(message)
+
+    def from_client(self, client: str, message: ToCoordinator) -> None:
+        now = self._clock()
+        match message:
+            case Submit(handle=handle, request=request):
+                if self._scheduler.submit(client, handle, request, now_s=now):
+                    self._send_steps("prefill")
+                else:
+                    limit = self._scheduler.state.limits.max_num_queued_reqs
+                    text = f"{limit} requests are waiting already, the most allowed; try again"
+                    self._to_client(client, Refused(handle, "overloaded", text))
+            case Abort(handle=handle, reason=reason):
+                self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
+                self._send_steps("prefill")  # a row and pages may have come free
+            case GetStats(query_id=query_id):
+                self._to_client(client, self._stats(query_id))
+
+    def worker_lost(self, worker_id: str) -> None:
+        """The process is gone for good. Its steps wait for the replacement."""
+        for workers in self._phases.values():
+            if workers.worker_id != worker_id:
+                continue
+            self._num_restarts += 1
+            ids = workers.lose()
+            _log.warning("%s was lost with %d steps in flight", worker_id, len(ids))
+            self._deliver(self._scheduler.worker_lost(ids, now_s=self._clock()))
+            self._send_steps(workers.phase)
+
+    def watch(self) -> None:
+        """Reports workers that hold a step for too long. Call it every now and then."""
+        now = self._clock()
+        for workers in self._phases.values():
+            since = workers.running_since_s
+            if workers.worker_id and since is not None and now - since > self._step_timeout_s:
+                workers.running_since_s = now  # once per timeout
+                self._on_stalled(workers.worker_id)
+
+    # ------------------------------------------------------------ update
+
+    def _worker_ready(self, message: WorkerReady) -> None:
+        workers = self._phases[message.phase]
+        if workers.worker_id is not None:
+            self.worker_lost(workers.worker_id)
+        workers.worker_id = message.worker_id
+        _log.info("%s is ready", message.worker_id)
+        self._send_steps(message.phase)
+
+    def _step_done(self, reply: StepDone) -> None:
+        started = time.perf_counter()
+        now = self._clock()
+        phase = next((p for p in self._phases.values() if p.worker_id == reply.worker_id), None)
+        if phase is None or not phase.answered(reply.worker_id, reply.step_id, now):
+            return  # from a worker that was given up meanwhile
+        self._num_steps[phase.phase] += 1
+        self._num_compiles[reply.worker_id] = reply.num_compiles
+        result = self._scheduler.step_done(reply, now_s=now)
+        self._send_steps(phase.phase)
+        self._deliver(result)
+        self._times.add(time.perf_counter() - started)
+
+    # ------------------------------------------------------------ plan and send
+
+    def _send_steps(self, changed: Phase) -> None:
+        """Fills both phases' queues, the one that something just happened to first."""
+        for phase in sorted(self._phases, key=lambda p: p != changed):
+            workers = self._phases[phase]
+            while workers.worker_id is not None and len(workers.step_ids) < DEPTH:
+                planned = self._plan(phase)
+                if planned is None:
+                    break
+                workers.sent(planned.step.step_id, self._clock())
+                if not self._workers.send(workers.worker_id, planned.step):
+                    # It is about to be reported lost, and the step is taken back then.
+                    _log.warning("%s cannot be reached", workers.worker_id)
+                self._announce(planned)
+
+    def _plan(self, phase: Phase) -> Sent[PrefillStep] | Sent[DecodeStep] | None:
+        if phase == "prefill":
+            return self._scheduler.next_prefill(now_s=self._clock())
+        return self._scheduler.next_decode()
+
+    def _announce(self, planned: Sent[Any]) -> None:
+        for request in planned.admitted:
+            if request.num_preemptions == 0:
+                queue_s = (request.admitted_s or 0.0) - request.arrival_s
+                self._to_client(request.client, Admitted(request.handle, 0, queue_s))
+
+    def _deliver(self, result: Result) -> None:
+        for client, message in outputs(result):
+            self._to_client(client, message)
+
+    def _to_client(self, client: str, message: FromCoordinator) -> None:
+        if not self._clients.send(client, message):
+            _log.warning("client %s is gone: its requests end", client)
+            self._scheduler.abort_client(client, now_s=self._clock())
+
+    def _stats(self, query_id: int) -> Stats:
+        state = self._scheduler.state
+        return Stats(
+            query_id=query_id,
+            num_running=len(state.requests) - len(state.waiting),
+            num_waiting=len(state.waiting),
+            num_pages=state.limits.num_pages - 1,
+            num_free_pages=state.pages.num_free,
+            num_quarantined_pages=state.quarantine.num_pages,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prefill_steps=self._num_steps["prefill"],
+            num_decode_steps=self._num_steps["decode"],
+            num_worker_restarts=self._num_restarts,
+            num_compiles=sum(self._num_compiles.values()),
+            max_plan_s=self._times.max_s,
+            mean_plan_s=self._times.total_s / max(self._times.count, 1),
+        )
