@@ -14,6 +14,7 @@ from semipd_jax.errors import ConfigError
 type LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 type Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 type Platform = Literal["cpu", "cuda"]
+type LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -154,6 +155,7 @@ class EngineConfig:
     Attributes:
       platform: where workers run.
       compile_cache_dir: directory of compiled programs; None means the user's cache directory.
+      log_level: what child processes write to standard error.
     """
 
     model: ModelConfig
@@ -163,3 +165,4 @@ class EngineConfig:
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     platform: Platform = "cpu"
     compile_cache_dir: str | None = None
+    log_level: LogLevel = "warning"

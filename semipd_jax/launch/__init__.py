@@ -1,0 +1,1 @@
+"""Starts, watches and replaces the processes of an engine."""

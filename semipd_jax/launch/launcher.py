@@ -1,0 +1,332 @@
+"""The life of an engine: start-up in order, replacement of workers, an orderly end.
+
+Start-up: the front end (if there is one) binds its port, the memory owner loads the weights and
+says how large everything is, then coordinator and workers start; when all are ready, the front end
+may serve. Later a worker that dies is replaced. Any other death ends the engine: its state cannot
+be rebuilt, and an orderly end is better than half a service.
+"""
+
+import contextlib
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from semipd_jax import errors
+from semipd_jax.config import EngineConfig
+from semipd_jax.errors import EngineError, StartupError
+from semipd_jax.launch.process import Events, Exited, Process
+from semipd_jax.messages import (
+    ChildSpec,
+    Drain,
+    Failed,
+    FromChild,
+    MemoryLayout,
+    Phase,
+    Progress,
+    Ready,
+    Serve,
+    Stalled,
+    WorkerLost,
+)
+
+MAX_FAILED_STARTS: Final = 5
+"""Replacements of one worker that may die in a row before becoming ready."""
+
+_STOP_S: Final = 12.0  # a little more than a child's own grace period
+_PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modules:
+    """What each process runs (`python -m`)."""
+
+    owner: str = "semipd_jax.owner"
+    coordinator: str = "semipd_jax.coordinator"
+    worker: str = "semipd_jax.worker"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontEnd:
+    """An optional process that serves clients: its module, and what it is told in `extra`."""
+
+    module: str
+    extra: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(slots=True)
+class _WorkerSlot:
+    """One worker as the engine sees it; the process behind it may be replaced."""
+
+    phase: Phase
+    share: float
+    process: Process | None = None
+    worker_id: str = ""
+    is_ready: bool = False
+    num_starts: int = 0
+    num_failed_starts: int = 0
+
+
+class Launcher:
+    """Runs the processes of one engine. Installs no signal handlers and keeps no global state.
+
+    Args:
+      on_failure: called once, from another thread, if the engine ends by itself.
+      on_progress: called with (process name, progress) during start-up.
+
+    Attributes:
+      run_dir: private directory of the engine's sockets.
+      finished: set when no process is left.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        front_end: FrontEnd | None = None,
+        modules: Modules | None = None,
+        on_failure: Callable[[EngineError], None] = lambda _: None,
+        on_progress: Callable[[str, Progress], None] = lambda _name, _progress: None,
+    ) -> None:
+        self._config = config
+        self._front_end_spec = front_end
+        self._modules = modules or Modules()
+        self._on_failure = on_failure
+        self._on_progress = on_progress
+        self._events: Events = queue.SimpleQueue()
+        self._processes: list[Process] = []
+        self._slots = [_WorkerSlot(phase, getattr(config.shares, phase)) for phase in _PHASES]
+        self._front_end: Process | None = None
+        self._owner: Process | None = None
+        self._coordinator: Process | None = None
+        self._coordinator_ready = False
+        self._last_words: dict[Process, Failed] = {}
+        self._layout: MemoryLayout | None = None
+        self._started = threading.Event()
+        self._stopping = False
+        self._draining = False
+        self.error: EngineError | None = None
+        self.finished = threading.Event()
+        self.address: str | None = None
+        self.run_dir = ""
+
+    # ------------------------------------------------------------ for the caller
+
+    def start(self) -> MemoryLayout:
+        """Starts everything and returns when all is ready.
+
+        Raises:
+          EngineError: of the kind that made the start fail; nothing is left behind.
+        """
+        self.run_dir = tempfile.mkdtemp(prefix="semipd-")
+        threading.Thread(target=self._supervise, name="launcher", daemon=True).start()
+        if not self._started.wait(self._config.timeouts.startup_s):
+            waiting = ", ".join(self._not_ready())
+            self._end(
+                StartupError(
+                    f"not ready after {self._config.timeouts.startup_s:.0f} s (startup_s); "
+                    f"still waiting for: {waiting}"
+                )
+            )
+            self.finished.wait()
+        if self.error is not None:
+            self.finished.wait()
+            raise self.error
+        assert self._layout is not None
+        return self._layout
+
+    def drain(self) -> None:
+        """Lets the front end finish what runs, within `timeouts.shutdown_s`. Then call `stop`."""
+        if self._front_end is not None and not self._stopping:
+            self._draining = True
+            self._front_end.send(Drain())
+            self._front_end.wait(time.monotonic() + self._config.timeouts.shutdown_s + _STOP_S)
+
+    def stop(self) -> None:
+        """Ends every process, politely, then by force. Safe to call at any time, and twice."""
+        self._stopping = True
+        self._events.put(None)
+        if self.run_dir:
+            self.finished.wait()
+
+    def kill(self) -> None:
+        """Ends every process now."""
+        self._stopping = True
+        for process in list(self._processes):
+            process.kill()
+        self.stop()
+
+    # ------------------------------------------------------------ supervision
+
+    def _supervise(self) -> None:
+        try:
+            if self._front_end_spec is not None:
+                spec = self._spec("front end", extra=self._front_end_spec.extra)
+                self._front_end = self._spawn(self._front_end_spec.module, spec)
+            self._owner = self._spawn(self._modules.owner, self._spec("memory owner"))
+            while (event := self._events.get()) is not None:
+                self._handle(*event)
+        except Exception as error:
+            _log.exception("the launcher failed")
+            self._end(EngineError(f"the launcher failed: {error}"))
+        self._tear_down()
+
+    def _handle(self, process: Process, message: FromChild | Exited) -> None:
+        match message:
+            case Progress():
+                self._on_progress(process.name, message)
+            case Ready():
+                self._ready(process, message)
+            case Failed():
+                self._last_words[process] = message
+            case Stalled(worker_id=worker_id):
+                self._replace_stalled(worker_id)
+            case Exited(status=status):
+                self._exited(process, status)
+
+    def _ready(self, process: Process, message: Ready) -> None:
+        if process is self._front_end:
+            self.address = message.address
+        elif process is self._owner:
+            self._layout = message.layout
+            spec = self._spec("coordinator")
+            self._coordinator = self._spawn(self._modules.coordinator, spec)
+            for slot in self._slots:
+                self._start_worker(slot)
+        elif process is self._coordinator:
+            self._coordinator_ready = True
+        elif (slot := self._slot_of(process)) is not None:
+            slot.is_ready = True
+            slot.num_failed_starts = 0
+        if not self._started.is_set() and not self._not_ready():
+            assert self._layout is not None
+            if self._front_end is not None:
+                self._front_end.send(Serve(layout=self._layout))
+            self._started.set()
+
+    def _not_ready(self) -> list[str]:
+        waits = [
+            ("front end", self._front_end_spec is None or self.address is not None),
+            ("memory owner", self._layout is not None),
+            ("coordinator", self._coordinator_ready),
+            *((f"{slot.phase} worker {slot.share:.2f}", slot.is_ready) for slot in self._slots),
+        ]
+        return [name for name, is_ready in waits if not is_ready]
+
+    def _exited(self, process: Process, status: int) -> None:
+        self._processes.remove(process)
+        words = self._last_words.pop(process, None)
+        if self._stopping or (self._draining and process is self._front_end):
+            return
+        slot = self._slot_of(process)
+        if slot is None or not self._started.is_set():
+            self._end(_failure(process.name, status, words))
+        else:
+            self._replace(slot, status, words)
+
+    # ------------------------------------------------------------ workers
+
+    def _start_worker(self, slot: _WorkerSlot) -> None:
+        slot.num_starts += 1
+        slot.worker_id = f"{slot.phase}-{slot.share:.2f}-{slot.num_starts}"
+        slot.is_ready = False
+        spec = self._spec(
+            f"{slot.phase} worker {slot.share:.2f}",
+            phase=slot.phase,
+            share=slot.share,
+            extra={"worker_id": slot.worker_id},
+        )
+        slot.process = self._spawn(self._modules.worker, spec)
+
+    def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
+        _log.warning("%s", _failure(f"{slot.phase} worker {slot.share:.2f}", status, words))
+        if not slot.is_ready:
+            slot.num_failed_starts += 1
+        if slot.num_failed_starts >= MAX_FAILED_STARTS:
+            self._end(
+                _failure(
+                    f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker",
+                    status,
+                    words,
+                )
+            )
+            return
+        assert self._coordinator is not None
+        self._coordinator.send(WorkerLost(worker_id=slot.worker_id))
+        self._start_worker(slot)
+
+    def _replace_stalled(self, worker_id: str) -> None:
+        for slot in self._slots:
+            if slot.worker_id == worker_id and slot.process is not None:
+                _log.warning("%s holds a step for too long and is replaced", worker_id)
+                slot.process.kill()
+
+    def _slot_of(self, process: Process) -> _WorkerSlot | None:
+        return next((slot for slot in self._slots if slot.process is process), None)
+
+    # ------------------------------------------------------------ beginnings and ends
+
+    def _spec(
+        self,
+        name: str,
+        *,
+        phase: Phase | None = None,
+        share: float | None = None,
+        extra: Mapping[str, str] | None = None,
+    ) -> ChildSpec:
+        return ChildSpec(
+            name=name,
+            run_dir=self.run_dir,
+            config=self._config,
+            layout=self._layout,
+            phase=phase,
+            share=share,
+            extra=dict(extra or {}),
+        )
+
+    def _spawn(self, module: str, spec: ChildSpec) -> Process:
+        process = Process(module, spec, self._events, environment={})
+        self._processes.append(process)
+        return process
+
+    def _end(self, error: EngineError) -> None:
+        """Makes the engine end with `error`; the first one counts."""
+        if self.error is None and not self._stopping:
+            self.error = error
+        self._stopping = True
+        self._events.put(None)
+
+    def _tear_down(self) -> None:
+        self._stopping = True
+        for process in self._processes:
+            process.ask_to_stop()
+        deadline = time.monotonic() + _STOP_S
+        for process in self._processes:
+            if not process.wait(deadline):
+                _log.warning("%s does not stop and is killed", process.name)
+                process.kill()
+                process.wait(time.monotonic() + _STOP_S)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(Path(self.run_dir))
+        failed_while_serving = self._started.is_set() and self.error is not None
+        self._started.set()
+        self.finished.set()
+        if failed_while_serving and self.error is not None:
+            self._on_failure(self.error)
+
+
+def _failure(name: str, status: int, words: Failed | None) -> EngineError:
+    """What to tell about a process that ended by itself."""
+    if words is not None:
+        kind = getattr(errors, words.kind, EngineError)
+        return kind(f"{name}: {words.message}")
+    how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+    return EngineError(f"{name} {how}")

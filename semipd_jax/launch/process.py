@@ -1,0 +1,103 @@
+"""One child process and its two pipes."""
+
+import contextlib
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from semipd_jax.messages import ChildSpec, FromChild, ToChild
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder[Any](FromChild)
+_MAX_LINE_BYTES: Final = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The process is gone and reaped. `status` is negative after a signal."""
+
+    status: int
+
+
+type Events = "queue.SimpleQueue[tuple[Process, FromChild | Exited] | None]"
+"""What processes say and that they ended, in the order it was heard. None: nothing more to do."""
+
+
+class Process:
+    """A running `python -m module` child, told by `send`, heard on `events`.
+
+    Its own process group keeps a terminal's Ctrl-C from reaching it: who stops is decided here.
+    Closing its standard input asks it to stop, as does the death of this process.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        spec: ChildSpec,
+        events: Events,
+        *,
+        environment: Mapping[str, str],
+    ) -> None:
+        self.name = spec.name
+        self.spec = spec
+        self._events = events
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | environment,
+            process_group=0,
+        )
+        self._write_lock = threading.Lock()
+        threading.Thread(target=self._listen, name=f"listen {self.name}", daemon=True).start()
+        self.send(spec)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def send(self, message: ToChild) -> None:
+        """Tells the child something. Does nothing if it is gone: `Exited` says so."""
+        assert self._popen.stdin is not None
+        with self._write_lock, contextlib.suppress(BrokenPipeError, ValueError):
+            self._popen.stdin.write(_encoder.encode(message) + b"\n")
+            self._popen.stdin.flush()
+
+    def ask_to_stop(self) -> None:
+        assert self._popen.stdin is not None
+        with self._write_lock, contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.close()
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    def wait(self, deadline_s: float) -> bool:
+        """True if the process is gone by `deadline_s` (`time.monotonic`)."""
+        try:
+            self._popen.wait(max(deadline_s - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _listen(self) -> None:
+        assert self._popen.stdout is not None
+        with self._popen.stdout as lines:
+            while line := lines.readline(_MAX_LINE_BYTES):
+                try:
+                    message = _decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    _log.error("%s said something unreadable and is killed: %s", self.name, error)
+                    self.kill()
+                    break
+                self._events.put((self, message))
+        self._events.put((self, Exited(self._popen.wait())))
