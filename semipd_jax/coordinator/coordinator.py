@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from semipd_jax.coordinator.outbox import outputs
 from semipd_jax.coordinator.workers import PhaseWorkers
@@ -37,6 +37,7 @@ DEPTH: Final = 2
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Sender[Message](Protocol):
     """The half of `transport.channels.Hub` that the coordinator needs."""
 

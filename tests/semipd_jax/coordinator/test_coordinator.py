@@ -1,0 +1,248 @@
+"""The coordinator between a fake client and workers of plain Python."""
+
+from collections import deque
+
+import msgspec
+import numpy as np
+import pytest
+from fake_device import FakeDevice, next_token
+
+from semipd_jax.coordinator.coordinator import DEPTH, Coordinator
+from semipd_jax.messages import (
+    Abort,
+    Admitted,
+    Done,
+    GetStats,
+    Outputs,
+    PrefillStep,
+    Refused,
+    Stats,
+    StepDone,
+    Submit,
+    WorkerReady,
+)
+from semipd_jax.request import FinishReason, Request, SamplingParams
+from semipd_jax.scheduler.scheduler import Scheduler
+from semipd_jax.scheduler.state import Limits
+
+LIMITS = Limits(
+    page_size=4,
+    num_pages=40,
+    num_rows=9,
+    max_model_len=32,
+    max_num_batched_tokens=16,
+    max_num_queued_reqs=4,
+)
+
+
+class Sent:
+    """A channel's end that keeps what is sent, per peer. Everything goes through MessagePack."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, deque] = {}
+        self.unreachable: set[str] = set()
+
+    def send(self, peer: str, message) -> bool:
+        if peer in self.unreachable:
+            return False
+        payload = msgspec.msgpack.encode(message)
+        self.messages.setdefault(peer, deque()).append(
+            msgspec.msgpack.decode(payload, type=type(message))
+        )
+        return True
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stalled: list[str] = []
+        self.workers, self.clients = Sent(), Sent()
+        self.device = FakeDevice(num_pages=40, page_size=4, num_rows=9, length=33)
+        self.scheduler = Scheduler(LIMITS)
+        self.coordinator = Coordinator(
+            self.scheduler,
+            self.workers,
+            self.clients,
+            step_timeout_s=10.0,
+            on_stalled=self.stalled.append,
+            clock=lambda: self.now,
+        )
+
+    def start_workers(self, generation: int = 1) -> None:
+        for phase in ("prefill", "decode"):
+            self.coordinator.from_worker(WorkerReady(f"{phase}-{generation}", phase, 1.0))
+
+    def submit(self, handle: int, *, prompt_len: int = 6, max_tokens: int = 8, client: str = "c"):
+        request = Request(
+            request_id=str(handle),
+            prompt_token_ids=tuple((handle + i) % 50 for i in range(prompt_len)),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=handle, logprobs=None),
+        )
+        self.coordinator.from_client(client, Submit(handle, request))
+        return request
+
+    def queue(self, worker: str) -> deque:
+        return self.workers.messages.setdefault(worker, deque())
+
+    def answer(self, worker: str) -> StepDone:
+        reply = self.device.run(self.queue(worker).popleft(), worker)
+        self.coordinator.from_worker(reply)
+        return reply
+
+    def run(self, generation: int = 1) -> None:
+        names = [f"prefill-{generation}", f"decode-{generation}"]
+        while any(self.queue(name) for name in names):
+            for name in names:
+                if self.queue(name):
+                    self.answer(name)
+            self.scheduler.state.check()
+
+    def received(self, client: str = "c") -> tuple[dict[int, list[int]], dict[int, Done]]:
+        tokens: dict[int, list[int]] = {}
+        done: dict[int, Done] = {}
+        for message in self.clients.messages.get(client, ()):
+            if isinstance(message, Outputs):
+                handles = np.frombuffer(message.handles, np.int64).tolist()
+                for handle, token in zip(
+                    handles, np.frombuffer(message.token_ids, np.int32).tolist(), strict=True
+                ):
+                    tokens.setdefault(handle, []).append(token)
+                done |= {d.handle: d for d in message.done}
+        return tokens, done
+
+
+def expected(request: Request) -> list[int]:
+    output: list[int] = []
+    while len(output) < request.sampling.max_tokens:
+        output.append(next_token([*request.prompt_token_ids, *output], request.sampling.seed))
+    return output
+
+
+@pytest.fixture
+def engine() -> Engine:
+    engine = Engine()
+    engine.start_workers()
+    return engine
+
+
+def test_every_request_gets_its_tokens_and_one_ending(engine):
+    requests = {h: engine.submit(h, max_tokens=3 + h) for h in range(4)}
+    engine.run()
+    tokens, done = engine.received()
+    assert tokens == {h: expected(r) for h, r in requests.items()}
+    assert {d.reason for d in done.values()} == {FinishReason.LENGTH}
+    assert {h: d.completion_tokens for h, d in done.items()} == {h: 3 + h for h in requests}
+    admitted = [m.handle for m in engine.clients.messages["c"] if isinstance(m, Admitted)]
+    assert admitted == list(requests)
+
+
+def test_next_decode_step_is_at_the_worker_before_the_last_is_answered(engine):
+    engine.submit(1)
+    engine.answer("prefill-1")
+    assert len(engine.queue("decode-1")) == DEPTH
+
+
+def test_steps_of_a_lost_worker_are_planned_again_for_its_replacement(engine):
+    request = engine.submit(1)
+    engine.answer("prefill-1")
+    engine.device.run(engine.queue("decode-1")[0])  # it ran, the answer was lost
+    engine.queue("decode-1").clear()
+    engine.coordinator.worker_lost("decode-1")
+    engine.scheduler.state.check()
+    engine.coordinator.from_worker(WorkerReady("decode-2", "decode", 1.0))
+    while engine.queue("decode-2"):
+        engine.answer("decode-2")
+    assert engine.received()[0][1] == expected(request)
+
+
+def test_a_late_answer_of_a_lost_worker_counts_for_nothing(engine):
+    request = engine.submit(1)
+    engine.answer("prefill-1")
+    late = engine.device.run(engine.queue("decode-1")[0], "decode-1")
+    engine.coordinator.worker_lost("decode-1")
+    engine.coordinator.from_worker(WorkerReady("decode-2", "decode", 1.0))
+    engine.coordinator.from_worker(late)
+    assert len(engine.received()[0][1]) == 1
+    while engine.queue("decode-2"):
+        engine.answer("decode-2")
+    assert engine.received()[0][1] == expected(request)
+
+
+def test_abort_ends_the_stream_at_once_and_frees_pages_after_the_step(engine):
+    engine.submit(1)
+    engine.answer("prefill-1")
+    engine.coordinator.from_client("c", Abort(1, FinishReason.STOP))
+    tokens, done = engine.received()
+    assert done[1].reason is FinishReason.STOP
+    assert engine.scheduler.state.quarantine.num_pages > 0
+    engine.run()
+    assert engine.received()[0] == tokens
+    assert engine.scheduler.state.pages.num_free == LIMITS.num_pages - 1
+
+
+def test_requests_wait_for_workers_then_run():
+    engine = Engine()
+    request = engine.submit(1)
+    assert not engine.workers.messages
+    engine.start_workers()
+    engine.run()
+    assert engine.received()[0][1] == expected(request)
+
+
+def test_full_queue_is_refused_and_says_the_limit():
+    engine = Engine()
+    for handle in range(5):
+        engine.submit(handle)
+    refused = [m for m in engine.clients.messages["c"] if isinstance(m, Refused)]
+    assert [(r.handle, r.error) for r in refused] == [(4, "overloaded")]
+    assert "4 requests" in refused[0].message
+
+
+def test_each_client_hears_only_of_its_own(engine):
+    engine.submit(1, client="a")
+    engine.submit(1, client="b", prompt_len=9)
+    engine.run()
+    assert engine.received("a")[0][1] != engine.received("b")[0][1]
+    assert list(engine.received("a")[1]) == list(engine.received("b")[1]) == [1]
+
+
+def test_a_client_that_cannot_be_reached_loses_its_requests(engine):
+    engine.submit(1, client="gone")
+    other = engine.submit(2, client="c")
+    engine.clients.unreachable.add("gone")
+    engine.run()
+    assert not engine.scheduler.state.requests
+    assert engine.received("c")[0][2] == expected(other)
+
+
+def test_a_worker_that_holds_a_step_too_long_is_reported_once_per_timeout(engine):
+    engine.submit(1)
+    engine.now = 9.0
+    engine.coordinator.watch()
+    assert engine.stalled == []
+    engine.now = 10.5
+    engine.coordinator.watch()
+    engine.coordinator.watch()
+    assert engine.stalled == ["prefill-1"]
+
+
+def test_stats_count_what_happened(engine):
+    engine.submit(1, max_tokens=4)
+    engine.run()
+    engine.coordinator.from_client("c", GetStats(7))
+    stats = engine.clients.messages["c"][-1]
+    assert isinstance(stats, Stats)
+    assert (stats.query_id, stats.num_prefill_steps, stats.num_decode_steps) == (7, 1, 3)
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.num_free_pages == stats.num_pages == LIMITS.num_pages - 1
+
+
+def test_long_prompts_do_not_hold_up_the_decode_of_others(engine):
+    engine.submit(1, prompt_len=4, max_tokens=20)
+    engine.answer("prefill-1")
+    engine.submit(2, prompt_len=30, max_tokens=2)
+    assert isinstance(engine.queue("prefill-1")[0], PrefillStep)
+    before = len(engine.received()[0][1])
+    for _ in range(5):
+        engine.answer("decode-1")
+    assert len(engine.received()[0][1]) == before + 5
