@@ -1,0 +1,135 @@
+"""Flat option names ↔ the nested configuration: one table for flags and library arguments.
+
+Names are those that vLLM users know, where vLLM has the option.
+"""
+
+import typing
+from dataclasses import MISSING, dataclass, fields
+from types import NoneType
+from typing import Any, Final
+
+from semipd_jax import config
+from semipd_jax.config import EngineConfig, require
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """`section` and `field` say where in EngineConfig the value goes; section "" is the top."""
+
+    name: str
+    section: str
+    field: str
+    help: str
+
+
+OPTIONS: Final = (
+    Option("tokenizer", "model", "tokenizer", "directory of the tokenizer [the model's]"),
+    Option("served_model_name", "model", "served_name", "name that clients see [the directory's]"),
+    Option("dtype", "model", "dtype", "of weights, activations and KV"),
+    Option(
+        "max_model_len", "model", "max_model_len", "most tokens of a request, prompt and output"
+    ),
+    Option("load_format", "model", "load_format", "how weights are stored; dummy: random weights"),
+    Option("seed", "model", "seed", "of dummy weights and of requests without a seed"),
+    Option("block_size", "cache", "page_size", "tokens per KV page"),
+    Option("kv_cache_memory_bytes", "cache", "memory_bytes", "size of the KV pool [by memory]"),
+    Option("max_num_seqs", "scheduler", "max_num_seqs", "most requests running at once"),
+    Option(
+        "max_num_batched_tokens",
+        "scheduler",
+        "max_num_batched_tokens",
+        "most prompt tokens in one prefill step",
+    ),
+    Option(
+        "max_num_queued_reqs",
+        "scheduler",
+        "max_num_queued_reqs",
+        "most requests waiting before new ones are refused",
+    ),
+    Option("prefill_share", "shares", "prefill", "fraction of the compute that prefill may use"),
+    Option("decode_share", "shares", "decode", "fraction of the compute that decode may use"),
+    Option("startup_timeout", "timeouts", "startup_s", "seconds until the engine must be ready"),
+    Option("step_timeout", "timeouts", "step_s", "seconds until a worker counts as hung"),
+    Option(
+        "shutdown_timeout",
+        "timeouts",
+        "shutdown_s",
+        "seconds that running requests get to finish at the end",
+    ),
+    Option(
+        "compile_cache_dir",
+        "",
+        "compile_cache_dir",
+        "directory of compiled programs [the user's cache directory]",
+    ),
+    Option("log_level", "", "log_level", "how much is logged"),
+)
+
+_SECTIONS: Final[dict[str, type]] = {
+    "model": config.ModelConfig,
+    "cache": config.CacheConfig,
+    "scheduler": config.SchedulerConfig,
+    "shares": config.ShareConfig,
+    "timeouts": config.TimeoutConfig,
+    "": EngineConfig,
+}
+
+
+def build_config(model: str, **options: Any) -> EngineConfig:
+    """The configuration for flat options by name; absent ones keep their defaults.
+
+    Raises:
+      ConfigError: an option is unknown or its value is not allowed.
+    """
+    by_name = {option.name: option for option in OPTIONS}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    sections["model"]["path"] = model
+    for name, value in options.items():
+        require(name in by_name, "option", name, ", ".join(sorted(by_name)))
+        option = by_name[name]
+        _check_type(option, value)
+        is_float = value is not None and value_type(option) is float
+        sections[option.section][option.field] = float(value) if is_float else value
+    top = sections.pop("")
+    return EngineConfig(**{s: _SECTIONS[s](**values) for s, values in sections.items()}, **top)
+
+
+def choices(option: Option) -> tuple[str, ...] | None:
+    """The values of an option that takes one of a few words."""
+    literal = getattr(_annotation(option), "__value__", None)
+    return typing.get_args(literal) if literal is not None else None
+
+
+def value_type(option: Option) -> type:
+    """int, float or str."""
+    if choices(option) is not None:
+        return str
+    annotation = _annotation(option)
+    kinds = [t for t in typing.get_args(annotation) if t is not NoneType] or [annotation]
+    return kinds[0]
+
+
+def default(option: Option) -> Any:
+    field = next(f for f in fields(_SECTIONS[option.section]) if f.name == option.field)
+    return None if field.default is MISSING else field.default
+
+
+def _annotation(option: Option) -> Any:
+    return typing.get_type_hints(_SECTIONS[option.section])[option.field]
+
+
+def _check_type(option: Option, value: object) -> None:
+    words = choices(option)
+    if words is not None:
+        require(value in words, option.name, value, ", ".join(words))
+        return
+    kind = value_type(option)
+    allowed = (int, float) if kind is float else (kind,)
+    unset = value is None and default(option) is None
+    is_number = not isinstance(value, bool)
+    require(
+        unset or (isinstance(value, allowed) and is_number),
+        option.name,
+        value,
+        f"a value of type {kind.__name__}",
+    )

@@ -1,0 +1,49 @@
+import pytest
+
+from semipd_jax import options
+from semipd_jax.errors import ConfigError
+
+
+def test_every_option_reaches_its_field():
+    config = options.build_config(
+        "m", max_num_seqs=7, dtype="bfloat16", decode_share=0.5, seed=3, log_level="info"
+    )
+    assert config.scheduler.max_num_seqs == 7
+    assert (config.model.path, config.model.dtype, config.model.seed) == ("m", "bfloat16", 3)
+    assert (config.shares.prefill, config.shares.decode) == (1.0, 0.5)
+    assert config.log_level == "info"
+
+
+def test_defaults_are_the_configuration_s():
+    given = {option.name: options.default(option) for option in options.OPTIONS}
+    assert options.build_config("m", **given) == options.build_config("m")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("block_size", 24, "16, 32, 64, 128"),
+        ("decode_share", 0.0, "above 0"),
+        ("prefill_share", 1.5, "at most 1"),
+        ("max_num_seqs", 0, "1 to 4096"),
+        ("max_num_seqs", "8", "type int"),
+        ("max_num_seqs", True, "type int"),
+        ("dtype", "float8", "bfloat16"),
+        ("max_model_len", 1, "at least 2"),
+        ("step_timeout", 0, "positive"),
+        ("seed", -1, "0 to"),
+        ("block_sise", 16, "block_size"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=allowed) as refusal:
+        options.build_config("m", **{name: value})
+    assert repr(value) in str(refusal.value) or repr(name) in str(refusal.value)
+
+
+def test_words_and_types_come_from_the_configuration():
+    by_name = {option.name: option for option in options.OPTIONS}
+    assert options.choices(by_name["dtype"]) == ("auto", "float32", "bfloat16", "float16")
+    assert options.value_type(by_name["max_model_len"]) is int
+    assert options.value_type(by_name["decode_share"]) is float
+    assert options.value_type(by_name["tokenizer"]) is str
