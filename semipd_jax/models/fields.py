@@ -42,6 +42,9 @@ class Fields:
         """Whether the field is there, null included."""
         return name in self._values
 
+    def names(self) -> list[str]:
+        return list(self._values)
+
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
@@ -52,6 +55,14 @@ class Fields:
             ok and minimum <= value <= _MAX_INTEGER, name, f"an integer, at least {minimum}"
         )
         return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of integers; a single one is a list of one."""
+        value = self._get(name, None)
+        items = value if isinstance(value, list) else [value]
+        ok = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+        self.require(ok, name, "an integer or a list of integers")
+        return tuple(items)
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
         value = self._get(name, default)
@@ -82,6 +93,12 @@ class Fields:
         value = self._get(name, {})
         self.require(isinstance(value, dict), name, "an object")
         return Fields(value, f"{self._where}: {name}")
+
+    def sections(self, name: str) -> list["Fields"]:
+        value = self._get(name, None)
+        ok = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+        self.require(ok, name, "a list of objects")
+        return [Fields(item, f"{self._where}: {name}") for item in value]
 
     def require(self, ok: bool, name: str, allowed: str) -> None:
         """Raises CheckpointError about field `name` unless `ok`."""
