@@ -4,6 +4,8 @@ Every token depends on all tokens before it, read back through the page table, s
 overwritten slot changes everything that follows.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from semipd_jax.messages import ROW_SAMPLING, DecodeStep, PrefillStep, StepDone
@@ -20,9 +22,24 @@ def next_token(tokens: list[int], seed: int) -> int:
 
 
 class FakeDevice:
-    def __init__(self, *, num_pages: int, page_size: int, num_rows: int, length: int) -> None:
-        self.kv = np.full((num_pages, page_size), -1, np.int64)
-        self.tokens = np.full((num_rows, length), -1, np.int64)
+    """Its memory is its own, or two arrays in a directory that several processes share."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_rows: int,
+        length: int,
+        directory: Path | None = None,
+    ) -> None:
+        def memory(name: str, shape: tuple[int, int]) -> np.ndarray:
+            if directory is None:
+                return np.full(shape, -1, np.int64)
+            return np.memmap(directory / name, np.int64, mode="r+", shape=shape)
+
+        self.kv = memory("kv", (num_pages, page_size))
+        self.tokens = memory("tokens", (num_rows, length))
         self.page_size = page_size
 
     def run(self, step: PrefillStep | DecodeStep, worker_id: str = "") -> StepDone:

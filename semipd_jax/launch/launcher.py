@@ -20,7 +20,7 @@ from typing import Final
 
 from semipd_jax import errors
 from semipd_jax.config import EngineConfig
-from semipd_jax.errors import EngineError, StartupError
+from semipd_jax.errors import EngineError, StartupError, UnavailableError
 from semipd_jax.launch.process import Events, Exited, Process
 from semipd_jax.messages import (
     ChildSpec,
@@ -140,7 +140,8 @@ class Launcher:
         if self.error is not None:
             self.finished.wait()
             raise self.error
-        assert self._layout is not None
+        if self._layout is None or self._not_ready():
+            raise UnavailableError("the engine was stopped while it started")
         return self._layout
 
     def drain(self) -> None:

@@ -1,6 +1,7 @@
 """One child process and its two pipes."""
 
 import contextlib
+import io
 import logging
 import os
 import queue
@@ -58,6 +59,8 @@ class Process:
             env=os.environ | environment,
             process_group=0,
         )
+        assert isinstance(self._popen.stdin, io.BufferedWriter)
+        self._stdin = self._popen.stdin.detach()  # a buffer could fail to flush at close
         self._write_lock = threading.Lock()
         threading.Thread(target=self._listen, name=f"listen {self.name}", daemon=True).start()
         self.send(spec)
@@ -68,15 +71,14 @@ class Process:
 
     def send(self, message: ToChild) -> None:
         """Tells the child something. Does nothing if it is gone: `Exited` says so."""
-        assert self._popen.stdin is not None
-        with self._write_lock, contextlib.suppress(BrokenPipeError, ValueError):
-            self._popen.stdin.write(_encoder.encode(message) + b"\n")
-            self._popen.stdin.flush()
+        line = _encoder.encode(message) + b"\n"
+        with self._write_lock, contextlib.suppress(BrokenPipeError):
+            while line and not self._stdin.closed:
+                line = line[self._stdin.write(line) :]
 
     def ask_to_stop(self) -> None:
-        assert self._popen.stdin is not None
-        with self._write_lock, contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.close()
+        with self._write_lock:
+            self._stdin.close()
 
     def kill(self) -> None:
         self._popen.kill()
@@ -100,4 +102,6 @@ class Process:
                     self.kill()
                     break
                 self._events.put((self, message))
-        self._events.put((self, Exited(self._popen.wait())))
+        status = self._popen.wait()
+        self.ask_to_stop()
+        self._events.put((self, Exited(status)))

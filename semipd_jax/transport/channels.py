@@ -46,6 +46,7 @@ class Hub[Incoming, Outgoing]:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.set_hwm(_HIGH_WATER_MARK)
         self._socket.bind(endpoint(run_dir, name))
+        self._path = Path(run_dir) / name
 
     def send(self, peer: str, message: Outgoing) -> bool:
         """Queues a message. Returns False if the peer is gone or does not read."""
@@ -68,6 +69,7 @@ class Hub[Incoming, Outgoing]:
 
     def close(self) -> None:
         self._socket.close()
+        self._path.unlink(missing_ok=True)
 
 
 class Link[Incoming, Outgoing]:

@@ -1,0 +1,41 @@
+"""`python -m fake_owner`: a memory owner without a model. `seed` 13 stands for a bad checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+
+from semipd_jax.child import Child, run_child
+from semipd_jax.errors import CheckpointError
+from semipd_jax.messages import MemoryLayout
+
+NUM_PAGES, MAX_MODEL_LEN = 64, 128
+
+
+def main(child: Child) -> None:
+    config = child.spec.config
+    if config.model.seed == 13:
+        raise CheckpointError("model.safetensors is damaged")
+    num_rows = config.scheduler.max_num_seqs + 1
+    directory = Path(child.spec.run_dir)
+    shapes = {"kv": (NUM_PAGES, config.cache.page_size), "tokens": (num_rows, MAX_MODEL_LEN + 1)}
+    for name, shape in shapes.items():
+        np.memmap(directory / name, np.int64, mode="w+", shape=shape)[:] = -1
+    child.ready(
+        layout=MemoryLayout(
+            dtype="float32",
+            vocab_size=50,
+            max_model_len=MAX_MODEL_LEN,
+            page_size=config.cache.page_size,
+            num_pages=NUM_PAGES,
+            num_rows=num_rows,
+            weight_bytes=0,
+            kv_bytes=0,
+            eos_token_ids=(3,),
+        )
+    )
+    while not child.stopping.is_set():
+        child.wait(1.0)
+
+
+if __name__ == "__main__":
+    run_child(main)

@@ -1,0 +1,47 @@
+"""`python -m fake_worker`: a worker process whose device is `fake_device`.
+
+A file `die-PHASE` in the run directory makes workers of that phase die at start, `hang-PHASE` makes
+them hold the next step for good.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from fake_device import FakeDevice
+
+from semipd_jax.child import Child, run_child
+from semipd_jax.messages import FromWorker, Stop, ToWorker, WorkerReady
+from semipd_jax.transport.channels import WORKERS, Link
+
+
+def main(child: Child) -> None:
+    spec, layout = child.spec, child.spec.layout
+    assert layout is not None
+    assert spec.phase is not None
+    directory = Path(spec.run_dir)
+    if (directory / f"die-{spec.phase}").exists():
+        os._exit(9)
+    device = FakeDevice(
+        num_pages=layout.num_pages,
+        page_size=layout.page_size,
+        num_rows=layout.num_rows,
+        length=layout.max_model_len + 1,
+        directory=directory,
+    )
+    worker_id = spec.extra["worker_id"]
+    link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
+    link.send(WorkerReady(worker_id, spec.phase, 1.0))
+    child.ready()
+    while not child.stopping.is_set():
+        step = link.receive(0.1)
+        if (directory / f"hang-{spec.phase}").exists():
+            (directory / f"hang-{spec.phase}").unlink()
+            time.sleep(3600)
+        if step is not None and not isinstance(step, Stop):
+            link.send(device.run(step, worker_id))
+    link.close()
+
+
+if __name__ == "__main__":
+    run_child(main)
