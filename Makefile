@@ -1,0 +1,38 @@
+# Everything runs in .venv, which each target sets up by itself when needed.
+PYTHON ?= $(shell for p in python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard proto/semipd/v1/*.proto)
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: install serve test lint bench gpu-check clean
+
+install: .venv/base            ## the engine and what it needs
+.venv/base: $(INPUTS)
+	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/dev: .venv/base
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+serve: .venv/base              ## the demo model, or: make serve ARGS="--model DIR"
+	$(BIN)/python -m semipd_jax.serve $(ARGS)
+
+test: .venv/dev                ## all tests, or: make test ARGS="tests/semipd_jax/scheduler"
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/dev                ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: .venv/dev               ## the control plane alone, then the demo model under load
+	$(BIN)/python -m benchmarks.control_plane
+	$(BIN)/python -m benchmarks.serve
+
+clean:
+	rm -rf .venv dist
