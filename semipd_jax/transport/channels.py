@@ -102,8 +102,11 @@ class AsyncLink[Incoming, Outgoing]:
 
     def send(self, message: Outgoing) -> None:
         """Queues a message; raises BlockingIOError if the coordinator does not read."""
+        # The asynchronous socket's own send, done at once: a plain one would swallow the wake-up of
+        # a message that is arriving.
+        sent = self._socket.send(_encoder.encode(message), zmq.DONTWAIT)
         try:
-            zmq.Socket.send(self._socket, _encoder.encode(message), zmq.DONTWAIT)
+            sent.result()
         except zmq.Again as error:
             raise BlockingIOError("the coordinator does not read") from error
 

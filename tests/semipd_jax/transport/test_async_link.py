@@ -1,0 +1,35 @@
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from semipd_jax.messages import Admitted, FromCoordinator, GetStats, ToCoordinator
+from semipd_jax.transport.channels import AsyncLink, Hub
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> str:
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    return str(path)
+
+
+def test_sending_while_a_message_arrives_does_not_lose_its_wakeup(run_dir: str):
+    async def main():
+        hub = Hub(run_dir, "clients", ToCoordinator)
+        link = AsyncLink(run_dir, "clients", "me", FromCoordinator)
+        link.send(GetStats(0))
+        while not list(hub.receive()):
+            await asyncio.sleep(0.001)
+        for handle in range(20):
+            received = asyncio.ensure_future(link.receive())
+            await asyncio.sleep(0)
+            assert hub.send("me", Admitted(handle, 0, 0.0))
+            time.sleep(0.005)  # the loop is busy while the message arrives
+            link.send(GetStats(handle))
+            assert await asyncio.wait_for(received, timeout=2) == Admitted(handle, 0, 0.0)
+        link.close()
+        hub.close()
+
+    asyncio.run(main())
