@@ -68,11 +68,11 @@ def convert(
         )
         result = Path(scratch, "model")
         result.mkdir()
+        _write_companions(source, result, dtype)
         if to == "orbax":
             _write_orbax(result / SUBDIRECTORY, leaves)
         else:
             _write_huggingface(result, spec.weights, leaves)
-        _write_companions(source, result, dtype)
         result.rename(target)
 
 
@@ -94,12 +94,18 @@ def _gather(
 
 
 def _write_orbax(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    """As `StandardCheckpointer` would, but in chunks and without a copy of all leaves in memory."""
+    """As `StandardCheckpointer` would, but in chunks and with few leaves in memory at a time."""
     tree = nest(leaves)
     in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; Orbax warns if it is absent
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry,
+        save_concurrent_gb=1 + max(leaf.nbytes for leaf in leaves.values()) // 10**9,
+    )
+    with ocp.Checkpointer(handler) as writer:
         writer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=in_chunks))
 
 
@@ -112,6 +118,7 @@ def _write_huggingface(
         names = [SINGLE_FILE]
     for name, shard in zip(names, tqdm(shards, desc="writing"), strict=True):
         save_file(shard, directory / name, metadata={"format": "pt"})
+        shutil.copymode(directory / "config.json", directory / name)  # not 0600
     if len(shards) > 1:
         weight_map = {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard

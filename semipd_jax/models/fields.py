@@ -48,12 +48,17 @@ class Fields:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        minimum: int = 1,
+        maximum: int = _MAX_INTEGER,
+    ) -> int:
         value = self._get(name, default)
-        ok = isinstance(value, int) and not isinstance(value, bool)
-        self.require(
-            ok and minimum <= value <= _MAX_INTEGER, name, f"an integer, at least {minimum}"
-        )
+        ok = isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+        self.require(ok, name, f"an integer, {minimum} to {maximum}")
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:

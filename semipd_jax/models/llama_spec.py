@@ -13,6 +13,7 @@ from semipd_jax.models.fields import Fields
 from semipd_jax.models.spec import KVArray, ModelFamily, ModelSpec, WeightSpec
 
 _DTYPES: Final = ("float32", "bfloat16", "float16")
+_MAX_LAYERS: Final = 4096
 _ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 
 
@@ -149,7 +150,7 @@ def parse_mistral(values: Mapping[str, Any]) -> ModelSpec:
     window = 4096 if "sliding_window" not in fields else None
     if fields.has("sliding_window"):
         window = fields.integer("sliding_window")
-    return _parse(fields, windows=(window,) * fields.integer("num_hidden_layers"))
+    return _parse(fields, windows=(window,) * _num_layers(fields))
 
 
 def parse_qwen2(values: Mapping[str, Any]) -> ModelSpec:
@@ -187,7 +188,7 @@ def _parse(
         "num_key_value_heads",
         f"divisors of num_attention_heads ({num_heads})",
     )
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = _num_layers(fields)
     config = LlamaConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
@@ -215,6 +216,10 @@ def _parse(
     )
 
 
+def _num_layers(fields: Fields) -> int:
+    return fields.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+
+
 def _head_dim(fields: Fields, num_heads: int) -> int:
     if fields.has("head_dim"):
         return fields.integer("head_dim")
@@ -230,7 +235,7 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
 def _layer_windows(fields: Fields) -> tuple[int | None, ...]:
     """Qwen: `use_sliding_window` turns windows on from layer `max_window_layers` upwards, or for
     the layers that `layer_types` names."""
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = _num_layers(fields)
     if not fields.flag("use_sliding_window", False):
         return (None,) * num_layers
     window = fields.integer("sliding_window", 4096)

@@ -43,7 +43,7 @@ def test_frequencies_equal_transformers(scaling):
         "rope_scaling": scaling,
     }
     reference = transformers.LlamaConfig(**values)
-    kind = reference.rope_parameters["rope_type"]
+    kind = scaling.get("rope_type") or scaling["type"]
     expected, attention_factor = ROPE_INIT_FUNCTIONS[kind](reference, "cpu")
 
     config = parse_spec({**values, "architectures": ["LlamaForCausalLM"]}).config
