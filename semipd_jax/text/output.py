@@ -1,0 +1,38 @@
+"""The text of one request's output."""
+
+from collections.abc import Sequence
+
+from semipd_jax.request import SamplingParams
+from semipd_jax.text.detokenizer import Detokenizer
+from semipd_jax.text.stop import StopStrings
+from semipd_jax.text.tokenizer import Tokenizer
+
+
+class OutputText:
+    """Detokenised, and cut at the first stop string. A stop token leaves no text, like a stop
+    string, unless the request asks for it."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams
+    ) -> None:
+        self._detokenizer = Detokenizer(
+            tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens
+        )
+        self._stop_strings = StopStrings(sampling.stop, include_stop=sampling.include_stop)
+        self._hidden = () if sampling.include_stop else frozenset(sampling.stop_token_ids)
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that was found; no text comes after it."""
+        return self._stop_strings.matched
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token."""
+        if token_id in self._hidden:
+            return ""
+        return self._stop_strings.push(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        """The rest, when no token follows."""
+        text = self._stop_strings.push(self._detokenizer.finish())
+        return text + self._stop_strings.finish()

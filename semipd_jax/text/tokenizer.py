@@ -1,0 +1,111 @@
+"""Text to token ids and back, with the tokenizer of a model directory.
+
+transformers reads the directory (its rules for special tokens, its sandbox for chat templates); the
+Rust tokenizer underneath does the work, because it may be called from several threads at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from semipd_jax.errors import CheckpointError, InvalidRequestError
+
+type ChatMessage = Mapping[str, str]
+"""{"role": …, "content": …}"""
+
+
+class Tokenizer:
+    """Immutable after construction and safe to call from any thread."""
+
+    def __init__(self, wrapped: PreTrainedTokenizerFast) -> None:
+        self._wrapped = wrapped
+        self.backend: tokenizers.Tokenizer = wrapped.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Text that spells a special token gives that token.
+
+        Releases the interpreter lock while it works: run long texts in a thread.
+        """
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        """The conversation in the model's own format, ready for the assistant's answer.
+
+        Raises:
+          InvalidRequestError: there is no chat template, or it refuses these messages.
+        """
+        if self._wrapped.chat_template is None:
+            raise InvalidRequestError("the model has no chat template", field="chat")
+        try:
+            text = self._wrapped.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", field="chat"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of `render_chat`, whose template already writes the special tokens."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; ids that the tokenizer does not know are left out."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.backend.get_vocab().values()) + 1
+
+    @cached_property
+    def unknown_ids(self) -> frozenset[int]:
+        """Ids below `size` that stand for nothing."""
+        return frozenset(range(self.size)) - frozenset(self.backend.get_vocab().values())
+
+    @cached_property
+    def skipped_ids(self) -> frozenset[int]:
+        """Ids that leave no text with `skip_special_tokens`."""
+        added = self.backend.get_added_tokens_decoder()
+        return self.unknown_ids | {token_id for token_id, token in added.items() if token.special}
+
+    @cached_property
+    def byte_ids(self) -> Mapping[int, int]:
+        """Byte → its token `<0xNN>`; empty unless unknown characters are spelled in such tokens."""
+        ids = {byte: self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        known = {byte: token_id for byte, token_id in ids.items() if token_id is not None}
+        works = len(known) == 256 and self.backend.decode([known[ord("a")]]) == "a"
+        return known if works else {}
+
+    @cached_property
+    def high_bytes(self) -> Mapping[int, int]:
+        """Token id → byte, of the bytes that only together with others make a character."""
+        return {token_id: byte for byte, token_id in self.byte_ids.items() if byte >= 0x80}
+
+
+def load_tokenizer(directory: str) -> Tokenizer:
+    """Reads tokenizer.json and what lies beside it. Never runs code from the directory.
+
+    Raises:
+      CheckpointError: there is no tokenizer.json, or it cannot be read.
+    """
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json; save one with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        wrapped = PreTrainedTokenizerFast.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust parser raises bare Exception
+        raise CheckpointError(f"cannot read the tokenizer in {directory}: {error}") from error
+    return Tokenizer(wrapped)
