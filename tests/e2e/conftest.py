@@ -1,0 +1,23 @@
+"""Real engines: real processes, real shared memory, real checkpoints."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from semipd_jax.demo import MODEL_DIR
+from semipd_jax.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory) -> str:
+    """One directory for the whole run, so that each program is compiled once."""
+    return str(tmp_path_factory.mktemp("compile-cache"))
+
+
+@pytest.fixture(scope="session")
+def demo_engine(compile_cache) -> Iterator[Engine]:
+    """The demo model, shared by the tests that leave it as they found it."""
+    with Engine(
+        str(MODEL_DIR), max_num_batched_tokens=128, compile_cache_dir=compile_cache
+    ) as engine:
+        yield engine

@@ -1,0 +1,94 @@
+"""`kill -9` of each process while requests run."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e_processes import engine_processes
+
+from semipd_jax.demo import MODEL_DIR
+from semipd_jax.engine import AsyncEngine
+from semipd_jax.errors import RequestFailedError, UnavailableError
+from semipd_jax.request import Event
+
+NUM_KILLS = 20
+REQUESTS = [
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 7},
+    {"temperature": 1.0, "seed": 8, "top_p": 0.9, "frequency_penalty": 0.5},
+    {"temperature": 0.7, "seed": 9, "top_k": 40, "repetition_penalty": 1.1},
+]
+
+
+def prompt(i: int) -> list[int]:
+    rng = random.Random(i)
+    return [rng.randrange(100, 4000) for _ in range(40 + 30 * i)]
+
+
+async def drain(events: AsyncIterator[Event]) -> None:
+    async for _ in events:
+        pass
+
+
+async def tokens_of(engine: AsyncEngine, i: int) -> tuple[int, ...]:
+    options = REQUESTS[i % len(REQUESTS)]
+    result = await engine.complete(prompt(i), max_tokens=200, ignore_eos=True, **options)
+    return result.token_ids
+
+
+@pytest.mark.timeout(300)
+def test_streams_go_on_with_the_same_tokens_whichever_worker_dies(compile_cache):
+    async def run() -> None:
+        rng = random.Random(0)
+        async with AsyncEngine(
+            str(MODEL_DIR), max_num_seqs=8, max_num_batched_tokens=64,
+            compile_cache_dir=compile_cache,
+        ) as engine:  # fmt: skip
+            undisturbed = await asyncio.gather(*(tokens_of(engine, i) for i in range(4)))
+            kills = 0
+            while kills < NUM_KILLS:
+                running = asyncio.gather(*(tokens_of(engine, i) for i in range(4)))
+                while not running.done() and kills < NUM_KILLS:
+                    await asyncio.sleep(rng.uniform(0.0, 0.3))
+                    if running.done():
+                        break
+                    phase = rng.choice(["prefill", "decode"])
+                    worker = engine_processes().get(f"{phase} worker 1.00")
+                    if worker is not None and await is_ready(engine, kills):
+                        worker.kill()
+                        kills += 1
+                assert list(await running) == list(undisturbed)
+            stats = await engine.stats()
+            assert stats.num_worker_restarts == NUM_KILLS
+            assert stats.num_free_pages == stats.num_pages
+
+    async def is_ready(engine: AsyncEngine, kills: int) -> bool:
+        """The last kill was noticed: a worker killed while starting again counts as one loss."""
+        return (await engine.stats()).num_worker_restarts == kills
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["memory owner", "coordinator"])
+def test_death_of_what_cannot_be_replaced_ends_every_stream(compile_cache, name):
+    async def run() -> None:
+        engine = AsyncEngine(
+            str(MODEL_DIR), max_num_seqs=8, max_num_batched_tokens=64,
+            compile_cache_dir=compile_cache,
+        )  # fmt: skip
+        await engine.start()
+        family = list(engine_processes().values())
+        events = engine.generate(prompt(0), max_tokens=1000, ignore_eos=True)
+        await anext(events)
+        engine_processes()[name].kill()
+        with pytest.raises((RequestFailedError, UnavailableError)):
+            await asyncio.wait_for(drain(events), 20)
+        await engine.stop()
+        assert not psutil.wait_procs(family, timeout=10)[1]
+
+    before = set(Path("/dev/shm").iterdir())
+    asyncio.run(run())
+    assert set(Path("/dev/shm").iterdir()) <= before
