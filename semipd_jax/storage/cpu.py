@@ -1,0 +1,57 @@
+"""Host memory shared between processes: an anonymous file that each of them maps."""
+
+import fcntl
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from semipd_jax.storage.lifetime import keep_until_exit
+from semipd_jax.storage.manifest import Region, SharingError, numpy_dtype
+
+_FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class HostMemory:
+    """One region, by memfd_create(2). The kernel provides zeroed pages when they are first touched.
+
+    The size is sealed: no process can shrink the file and so make another one fault.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.fd = os.memfd_create(f"semipd-{region.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, region.num_bytes)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[np.ndarray]:
+        """The array itself. It is unmapped here when the caller drops it."""
+        entry = self.region.entry(path)
+        start = entry.offset % mmap.ALLOCATIONGRANULARITY
+        window = mmap.mmap(self.fd, start + entry.num_bytes, offset=entry.offset - start)
+        flat = np.frombuffer(window, numpy_dtype(entry.dtype), math.prod(entry.shape), start)
+        yield flat.reshape(entry.shape)
+
+
+def map_region(region: Region, fd: int) -> int:
+    """Maps the region until the process ends: read-only, unless workers may write to it.
+
+    Returns the address. Raises SharingError if `fd` is not memory of this fixed size.
+    """
+    size = os.fstat(fd).st_size
+    if size != region.num_bytes:
+        raise SharingError(f"region {region.name!r}: {size} B, manifest says {region.num_bytes} B")
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise SharingError(f"region {region.name!r} is not a memory file") from error
+    if seals & _FIXED_SIZE != _FIXED_SIZE:
+        raise SharingError(f"region {region.name!r} can change its size")
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if region.writable else 0)
+    memory = mmap.mmap(fd, size, mmap.MAP_SHARED, protection)
+    keep_until_exit(memory)
+    return np.frombuffer(memory, np.uint8).ctypes.data
