@@ -1,16 +1,14 @@
-"""Mapped regions as jax arrays that steps update in place, and the guards that keep it so.
+"""Mapped regions as jax arrays that donation updates in place.
 
 A region has one array per entry and process: XLA orders reads and writes by array, not by address.
-Nothing here copies. What copies anyway raises `SharingError`: a copy would be a wrong answer.
+An array that left its region raises `SharingError`: a silent copy would be a wrong answer.
 """
 
 import ctypes
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
-import numpy as np
 
 from semipd_jax.config import Platform
 from semipd_jax.storage.lifetime import keep_until_exit
@@ -119,29 +117,3 @@ def check_result(array: jax.Array, address: int) -> None:
             f"array of shape {array.shape} is at {array.unsafe_buffer_pointer():#x}, "
             f"no longer in the shared region at {address:#x}"
         )
-
-
-def check_program(
-    compiled: Any, shared: Sequence[jax.Array | jax.ShapeDtypeStruct], max_temp_bytes: int
-) -> None:
-    """Raises SharingError unless a `jax.stages.Compiled` updates all `shared` arrays in place.
-
-    `shared` are its donated arguments. A program may alias an array and still copy it out and back,
-    which undoes what another process wrote meanwhile. So no copy of a shared shape is allowed, and
-    `max_temp_bytes` should be below the size of the smallest of them.
-    """
-    stats = compiled.memory_analysis()
-    wanted = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in shared)
-    if stats.alias_size_in_bytes < wanted:
-        raise SharingError(
-            f"only {stats.alias_size_in_bytes} of {wanted} shared bytes are updated in place"
-        )
-    if stats.temp_size_in_bytes > max_temp_bytes:
-        raise SharingError(
-            f"the program needs {stats.temp_size_in_bytes} temporary bytes; "
-            f"allowed: {max_temp_bytes}"
-        )
-    shapes = [f"[{','.join(map(str, array.shape))}]" for array in shared]
-    for line in compiled.as_text().splitlines():
-        if (" copy(" in line or " copy-start(" in line) and any(s in line for s in shapes):
-            raise SharingError(f"the program copies a shared array: {line.strip()[:120]}")

@@ -1,13 +1,13 @@
 import contextlib
 import ctypes
 import json
-import math
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semipd_jax.storage.arrays import check_program, check_result, region_arrays, view
+from semipd_jax.storage.arrays import check_result, region_arrays, view
 from semipd_jax.storage.cpu import HostMemory
 from semipd_jax.storage.manifest import SharingError, lay_out
 from semipd_jax.storage.mapping import MappedRegion, map_regions
 
 type Serving = Callable[..., AbstractContextManager[None]]
 
-PAGES, HEADS, PAGE_SIZE, HEAD_DIM = 64, 2, 16, 8
+PAGES, HEADS, PAGE_SIZE, HEAD_DIM = 1024, 2, 16, 8
 POOL = (PAGES, HEADS, PAGE_SIZE, HEAD_DIM)
-POOL_BYTES = math.prod(POOL) * 4
 NAMES = ("layers/0/k_pages", "layers/1/k_pages")
 STATE = lay_out("state", [(name, POOL, "float32") for name in NAMES], writable=True)
 
@@ -41,13 +40,7 @@ def host_view(mapped: MappedRegion, path: str) -> np.ndarray:
     return np.frombuffer(data, entry.dtype).reshape(entry.shape)
 
 
-def compile_step(
-    step: Callable[..., Any], pools: Any, donate: Sequence[int] = (0,)
-) -> jax.stages.Compiled:
-    page = jnp.zeros((HEADS, PAGE_SIZE, HEAD_DIM), jnp.float32)
-    return jax.jit(step, donate_argnums=donate).lower(pools, jnp.int32(0), page).compile()
-
-
+@partial(jax.jit, donate_argnums=0)
 def write_page(pools: dict[str, jax.Array], index: jax.Array, page: jax.Array) -> Any:
     return {name: pool.at[index].set(page) for name, pool in pools.items()}
 
@@ -81,11 +74,9 @@ def test_read_only_region_is_read_in_place(run_dir: str, serving: Serving) -> No
 
 def test_donated_steps_stay_in_place(mapped: MappedRegion) -> None:
     pools = region_arrays(mapped)
-    step = compile_step(write_page, pools)
-    check_program(step, list(pools.values()), max_temp_bytes=POOL_BYTES // 2)
     for index in range(PAGES):
         donors = pools
-        pools = step(donors, jnp.int32(index), jnp.full(POOL[1:], float(index)))
+        pools = write_page(donors, jnp.int32(index), jnp.full(POOL[1:], float(index)))
         for name, pool in pools.items():
             check_result(pool, mapped.address(name))
             assert donors[name].is_deleted()
@@ -100,7 +91,7 @@ def test_import_that_does_not_stay_in_place_is_noticed(
     from_dlpack = jax.dlpack.from_dlpack
     monkeypatch.setattr(jax.dlpack, "from_dlpack", lambda exporter, copy: from_dlpack(exporter))
     pools = region_arrays(mapped)
-    pools = compile_step(write_page, pools)(pools, jnp.int32(1), jnp.ones(POOL[1:]))
+    pools = write_page(pools, jnp.int32(1), jnp.ones(POOL[1:]))
     with pytest.raises(SharingError, match="no longer in the shared region"):
         check_result(pools[NAMES[0]], mapped.address(NAMES[0]))
 
@@ -121,58 +112,10 @@ def test_misaligned_address_is_refused(mapped: MappedRegion) -> None:
         view(mapped.base + 64, (4,), "float32", platform="cpu")
 
 
-def read_after_write(pools: dict[str, jax.Array], index: jax.Array, page: jax.Array) -> Any:
-    written = write_page(pools, index, page)
-    return {name: written[name] + 0 * pools[name][index].sum() for name in pools}
-
-
-def scan_layers(pools: dict[str, jax.Array], index: jax.Array, page: jax.Array) -> Any:
-    stacked = jnp.stack(list(pools.values()))
-    _, written = jax.lax.scan(lambda c, pool: (c, pool.at[index].set(page)), 0, stacked)
-    return dict(zip(pools, written, strict=True))
-
-
-def scatter_into_a_copy(pools: dict[str, jax.Array], index: jax.Array, page: jax.Array) -> Any:
-    """Needs the old values of one pool after it was written."""
-    first, second = NAMES
-    written = write_page(pools, index, page)
-    return {first: written[first], second: jnp.roll(pools[first], 1, 0) + written[second]}
-
-
-@pytest.mark.parametrize(
-    ("step", "donate", "match"),
-    [
-        (write_page, (), "only 0 of 131072 shared bytes"),
-        (scan_layers, (0,), "temporary bytes"),
-        (scatter_into_a_copy, (0,), "temporary bytes"),
-    ],
-)
-def test_program_that_is_not_in_place_is_refused(
-    mapped: MappedRegion, step: Callable[..., Any], donate: Sequence[int], match: str
-) -> None:
-    pools = region_arrays(mapped)
-    with pytest.raises(SharingError, match=match):
-        check_program(
-            compile_step(step, pools, donate), list(pools.values()), max_temp_bytes=POOL_BYTES // 2
-        )
-
-
-def test_copy_of_a_shared_array_is_refused_even_with_room_for_temporaries(
-    mapped: MappedRegion,
-) -> None:
-    pools = region_arrays(mapped)
-    with pytest.raises(SharingError, match="copies a shared array"):
-        check_program(
-            compile_step(scatter_into_a_copy, pools),
-            list(pools.values()),
-            max_temp_bytes=100 * POOL_BYTES,
-        )
-
-
 WRITER = """
     import json, sys
     import jax, jax.numpy as jnp, numpy as np
-    from semipd_jax.storage.arrays import check_program, check_result, region_arrays
+    from semipd_jax.storage.arrays import check_result, region_arrays
     from semipd_jax.storage.mapping import map_regions
 
     mapped = map_regions(sys.argv[1], "cpu", 10.0)["state"]
@@ -184,7 +127,6 @@ WRITER = """
     plan = json.loads(sys.stdin.readline())
     args = [(jnp.int32(page), jnp.int32(slot), jnp.float32(v)) for page, slot, v in plan]
     compiled = jax.jit(step, donate_argnums=0).lower(pools, *args[0]).compile()
-    check_program(compiled, list(pools.values()), max_temp_bytes=4096)
     print("ready", flush=True)
     sys.stdin.readline()  # until all are ready
     for arg in args:
