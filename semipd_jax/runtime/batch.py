@@ -1,0 +1,218 @@
+"""Batches: what the two step functions read besides weights and shared state.
+
+A step message becomes one vector of 32-bit words and one array of biases, so that a step costs one
+upload (the biases of a step that has none stay on the device). `pack_*` runs on the host with
+NumPy, `unpack_*` inside the compiled step; both follow the same table of fields.
+
+Padding: a padding request has row 0, page 0 and `context_lens` 0, and no tokens. Padding tokens lie
+beyond `cu_q_lens[-1]`.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Final, no_type_check
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from semipd_jax.messages import ROW_SAMPLING, DecodeStep, LogitBias, PrefillStep
+from semipd_jax.runtime.buckets import Bucket
+
+_SAMPLING_WORDS: Final = ROW_SAMPLING.itemsize // 4
+_NO_SAMPLING: Final = np.zeros(1, ROW_SAMPLING)
+_NO_SAMPLING["top_p"] = _NO_SAMPLING["repetition_penalty"] = 1.0
+_NO_SAMPLING["num_logprobs"] = -1
+
+
+@no_type_check
+@flax.struct.dataclass
+class Sampling:
+    """`messages.ROW_SAMPLING` by column, and biases. `bias_token_ids` is padded with -1."""
+
+    temperature: Float32[Array, " B"]
+    top_p: Float32[Array, " B"]
+    min_p: Float32[Array, " B"]
+    presence_penalty: Float32[Array, " B"]
+    frequency_penalty: Float32[Array, " B"]
+    repetition_penalty: Float32[Array, " B"]
+    top_k: Int32[Array, " B"]
+    seed: UInt32[Array, " B"]
+    prompt_len: Int32[Array, " B"]
+    num_logprobs: Int32[Array, " B"]
+    bias_token_ids: Int32[Array, "B W"]
+    bias_values: Float32[Array, "B W"]
+
+
+@no_type_check
+@flax.struct.dataclass
+class PrefillBatch:
+    """A chunk for each of R requests, packed one after another. See `messages.PrefillStep`."""
+
+    token_ids: Int32[Array, " T"]
+    cu_q_lens: Int32[Array, " R+1"]
+    context_lens: Int32[Array, " R"]
+    rows: Int32[Array, " R"]
+    samples: Bool[Array, " R"]
+    page_table: Int32[Array, "R M"]
+    sampling: Sampling
+
+
+@no_type_check
+@flax.struct.dataclass
+class DecodeBatch:
+    """One token for each of B rows. See `messages.DecodeStep`."""
+
+    context_lens: Int32[Array, " B"]
+    rows: Int32[Array, " B"]
+    page_table: Int32[Array, "B M"]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the parts of a bucket's packed batch lie.
+
+    Attributes:
+      parts: name → (place in the vector, shape), in order.
+      padding: the vector of a step without requests.
+    """
+
+    parts: Mapping[str, tuple[slice, tuple[int, ...]]]
+    padding: Int32[np.ndarray, " words"]
+
+
+@functools.cache
+def prefill_packing(bucket: Bucket) -> Packing:
+    R = bucket.num_rows
+    return _lay_out(
+        {
+            "token_ids": (bucket.num_tokens,),
+            "cu_q_lens": (R + 1,),
+            "context_lens": (R,),
+            "rows": (R,),
+            "samples": (R,),
+            "page_table": (R, bucket.table_width),
+            "sampling": (R, _SAMPLING_WORDS),
+        }
+    )
+
+
+@functools.cache
+def decode_packing(bucket: Bucket) -> Packing:
+    B = bucket.num_rows
+    return _lay_out(
+        {
+            "context_lens": (B,),
+            "rows": (B,),
+            "page_table": (B, bucket.table_width),
+            "sampling": (B, _SAMPLING_WORDS),
+        }
+    )
+
+
+def pack_prefill(step: PrefillStep, bucket: Bucket) -> Int32[np.ndarray, " words"]:
+    """Raises ValueError if the step does not fit into the bucket."""
+    cu_q_lens = np.full(bucket.num_rows + 1, len(step.token_ids) // 4, np.int32)
+    cu_q_lens[: len(step.cu_q_lens) // 4] = _int32(step.cu_q_lens)
+    return _pack(
+        prefill_packing(bucket),
+        {
+            "token_ids": _int32(step.token_ids),
+            "cu_q_lens": cu_q_lens,
+            "context_lens": _int32(step.context_lens),
+            "rows": _int32(step.rows),
+            "samples": np.frombuffer(step.samples, np.bool_),
+            "page_table": _int32(step.page_table).reshape(-1, step.table_width),
+            "sampling": _int32(step.sampling).reshape(-1, _SAMPLING_WORDS),
+        },
+    )
+
+
+def pack_decode(step: DecodeStep, bucket: Bucket) -> Int32[np.ndarray, " words"]:
+    """Raises ValueError if the step does not fit into the bucket."""
+    return _pack(
+        decode_packing(bucket),
+        {
+            "context_lens": _int32(step.context_lens),
+            "rows": _int32(step.rows),
+            "page_table": _int32(step.page_table).reshape(-1, step.table_width),
+            "sampling": _int32(step.sampling).reshape(-1, _SAMPLING_WORDS),
+        },
+    )
+
+
+def pack_bias(bias: LogitBias | None, bucket: Bucket) -> Int32[np.ndarray, "B 2 W"]:
+    """Token ids and the bits of the values. Raises ValueError if the biases do not fit."""
+    packed = np.zeros((bucket.num_rows, 2, bucket.bias_width), np.int32)
+    packed[:, 0] = -1
+    if bias is not None:
+        token_ids = _int32(bias.token_ids).reshape(-1, bias.width)
+        _require_fit("bias", token_ids.shape, (bucket.num_rows, bucket.bias_width))
+        corner = slice(len(token_ids)), slice(None), slice(bias.width)
+        packed[corner] = np.stack([token_ids, _int32(bias.values).reshape(token_ids.shape)], axis=1)
+    return packed
+
+
+def unpack_prefill(
+    packed: Int32[Array, " words"], bias: Int32[Array, "R 2 W"], bucket: Bucket
+) -> PrefillBatch:
+    parts = _unpack(prefill_packing(bucket), packed)
+    sampling = _sampling(parts.pop("sampling"), bias)
+    return PrefillBatch(**parts | {"samples": parts["samples"] != 0}, sampling=sampling)
+
+
+def unpack_decode(
+    packed: Int32[Array, " words"], bias: Int32[Array, "B 2 W"], bucket: Bucket
+) -> DecodeBatch:
+    parts = _unpack(decode_packing(bucket), packed)
+    return DecodeBatch(sampling=_sampling(parts.pop("sampling"), bias), **parts)
+
+
+def _lay_out(shapes: Mapping[str, tuple[int, ...]]) -> Packing:
+    parts: dict[str, tuple[slice, tuple[int, ...]]] = {}
+    start = 0
+    for name, shape in shapes.items():
+        parts[name] = slice(start, start + prod(shape)), shape
+        start += prod(shape)
+    padding = np.zeros(start, np.int32)
+    place, shape = parts["sampling"]
+    padding[place].reshape(shape)[:] = _NO_SAMPLING.view("<i4")
+    return Packing(parts, padding)
+
+
+def _pack(packing: Packing, values: Mapping[str, np.ndarray]) -> Int32[np.ndarray, " words"]:
+    packed = packing.padding.copy()
+    for name, (place, shape) in packing.parts.items():
+        value = values[name]
+        _require_fit(name, value.shape, shape)
+        packed[place].reshape(shape)[tuple(map(slice, value.shape))] = value
+    return packed
+
+
+def _unpack(packing: Packing, packed: Int32[Array, " words"]) -> dict[str, Array]:
+    return {name: packed[place].reshape(shape) for name, (place, shape) in packing.parts.items()}
+
+
+def _sampling(columns: Int32[Array, "B columns"], bias: Int32[Array, "B 2 W"]) -> Sampling:
+    return Sampling(
+        **{
+            name: lax.bitcast_convert_type(columns[:, i], jnp.dtype(dtype))
+            for i, (name, dtype) in enumerate(ROW_SAMPLING.descr)
+        },
+        bias_token_ids=bias[:, 0],
+        bias_values=lax.bitcast_convert_type(bias[:, 1], jnp.float32),
+    )
+
+
+def _int32(data: bytes) -> Int32[np.ndarray, " n"]:
+    return np.frombuffer(data, "<i4")
+
+
+def _require_fit(name: str, shape: tuple[int, ...], room: tuple[int, ...]) -> None:
+    if any(n > most for n, most in zip(shape, room, strict=True)):
+        raise ValueError(f"{name} of a step has shape {shape}; allowed: at most {room}")

@@ -1,0 +1,81 @@
+"""Static shapes: every step is padded to the smallest compiled bucket that holds it.
+
+Few buckets, because each is a program to compile, and most steps of an engine have one of few
+shapes: a full chunk budget, a short prompt, a batch of any size that decodes.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from semipd_jax.messages import MemoryLayout
+from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+
+_MIN_PREFILL_TOKENS: Final = 32
+_PREFILL_GROWTH: Final = 4
+_TOKENS_PER_REQUEST: Final = 16  # below this mean chunk length, requests fill a bucket first
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """The padded shape of a step.
+
+    Attributes:
+      num_tokens: T, query tokens; in decode the same as `num_rows`.
+      num_rows: R of a prefill step, B of a decode step.
+      table_width: M, pages per row.
+      bias_width: logit biases per row.
+    """
+
+    num_tokens: int
+    num_rows: int
+    table_width: int
+    bias_width: int
+
+    def holds(self, num_tokens: int, num_rows: int) -> bool:
+        return num_tokens <= self.num_tokens and num_rows <= self.num_rows
+
+
+def decode_buckets(layout: MemoryLayout, max_num_seqs: int) -> tuple[Bucket, ...]:
+    """Rows 1, 2, 4, … and `max_num_seqs`, smallest first."""
+    sizes = [1 << i for i in range(max_num_seqs.bit_length()) if 1 << i < max_num_seqs]
+    return tuple(_bucket(layout, n, n) for n in [*sizes, max_num_seqs])
+
+
+def prefill_buckets(
+    layout: MemoryLayout, max_num_seqs: int, max_num_batched_tokens: int
+) -> tuple[Bucket, ...]:
+    """Tokens 32, 128, 512, … and `max_num_batched_tokens`, smallest first, each with room for one
+    request per 16 tokens; the largest takes any step that keeps to the two limits."""
+    sizes = []
+    size = _MIN_PREFILL_TOKENS
+    while size < max_num_batched_tokens:
+        sizes.append(size)
+        size *= _PREFILL_GROWTH
+    most_rows = min(max_num_seqs, max_num_batched_tokens)
+    return (
+        *(_bucket(layout, n, min(n // _TOKENS_PER_REQUEST, most_rows)) for n in sizes),
+        _bucket(layout, max_num_batched_tokens, most_rows),
+    )
+
+
+def choose(buckets: tuple[Bucket, ...], num_tokens: int, num_rows: int) -> Bucket:
+    """The smallest bucket that holds a step; raises ValueError if none does."""
+    for bucket in buckets:
+        if bucket.holds(num_tokens, num_rows):
+            return bucket
+    raise ValueError(
+        f"a step has {num_tokens} tokens in {num_rows} rows; allowed: at most "
+        f"{buckets[-1].num_tokens} tokens in {buckets[-1].num_rows} rows"
+    )
+
+
+def _bucket(layout: MemoryLayout, num_tokens: int, num_rows: int) -> Bucket:
+    """The table has room for one page beyond the longest request: a step planned before a length
+    limit was noticed may name it. Biases: what a client may ask for and the tokens that
+    `min_tokens` forbids."""
+    return Bucket(
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        table_width=-(-(layout.max_model_len + 1) // layout.page_size),
+        bias_width=MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(layout.eos_token_ids),
+    )

@@ -1,0 +1,126 @@
+"""Steps are compiled ahead of time, checked, and kept in a private cache between runs."""
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int32
+
+from semipd_jax.config import Platform
+from semipd_jax.errors import ConfigError
+from semipd_jax.messages import Phase
+from semipd_jax.models import module
+from semipd_jax.runtime import batch
+from semipd_jax.runtime.buckets import Bucket
+from semipd_jax.runtime.guard import check_in_place
+from semipd_jax.runtime.sampling import StepOutput
+from semipd_jax.runtime.state import SharedState
+from semipd_jax.runtime.steps import decode_step, prefill_step
+
+COMPILER_OPTIONS: Final[Mapping[Platform, Mapping[str, Any]]] = MappingProxyType(
+    {"cpu": {"xla_backend_optimization_level": 1}, "cuda": {}}
+)
+
+_COMPILE_EVENT: Final = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What the two phases have each their own of."""
+
+    step: Callable[[Any, SharedState, Any], tuple[StepOutput, SharedState]]
+    pack: Callable[[Any, Bucket], Any]
+    unpack: Callable[[Array, Array, Bucket], Any]
+    packing: Callable[[Bucket], batch.Packing]
+
+
+STEP_KINDS: Final[Mapping[Phase, StepKind]] = MappingProxyType(
+    {
+        "prefill": StepKind(
+            prefill_step, batch.pack_prefill, batch.unpack_prefill, batch.prefill_packing
+        ),
+        "decode": StepKind(
+            decode_step, batch.pack_decode, batch.unpack_decode, batch.decode_packing
+        ),
+    }
+)
+
+
+def compile_step(
+    phase: Phase,
+    graphdef: nnx.GraphDef,
+    params: module.Params,
+    state: SharedState,
+    bucket: Bucket,
+    platform: Platform,
+) -> jax.stages.Compiled:
+    """The phase's step for one bucket: (parameter leaves, state, batch words, biases) → (output,
+    state), with `state` donated.
+
+    Raises SharingError if the program would not update `state` in place.
+
+    Args:
+      params, state: trees of arrays or `jax.ShapeDtypeStruct`s.
+    """
+    kind = STEP_KINDS[phase]
+    leaves, tree = jax.tree.flatten(params)
+
+    def step(
+        leaves: list[Array],
+        state: SharedState,
+        packed: Int32[Array, " words"],
+        bias: Int32[Array, "B 2 W"],
+    ) -> tuple[StepOutput, SharedState]:
+        model = module.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return kind.step(model, state, kind.unpack(packed, bias, bucket))
+
+    compiled = (
+        jax.jit(step, donate_argnames="state")
+        .lower(
+            leaves,
+            state,
+            jax.ShapeDtypeStruct(kind.packing(bucket).padding.shape, jnp.int32),
+            jax.ShapeDtypeStruct((bucket.num_rows, 2, bucket.bias_width), jnp.int32),
+        )
+        .compile(dict(COMPILER_OPTIONS[platform]))
+    )
+    check_in_place(compiled, state, bucket.num_tokens)
+    return compiled
+
+
+def enable_cache(directory: str | None) -> Path:
+    """Keeps every compiled program in `directory`, or in ~/.cache/semipd_jax.
+
+    The directory holds machine code that we run, so nobody else may write to it: raises ConfigError
+    if it belongs to another user or is writable by others. A damaged entry is compiled anew.
+    """
+    path = Path(directory) if directory else Path.home() / ".cache" / "semipd_jax"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.stat()
+    if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"compile_cache_dir is {str(path)!r}; allowed: a directory of this user that nobody "
+            "else may write to"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+class CompileCounter:
+    """Counts what this process compiles from now on, jax's own small programs included."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.count += event == _COMPILE_EVENT

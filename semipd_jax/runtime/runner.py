@@ -1,0 +1,100 @@
+"""Runs one phase's compiled steps over shared state: dispatch now, collect later.
+
+Steps run on the device in the order of dispatch, because each takes the state that the one before
+it returns. Nothing is compiled here, and no eager jax operation runs: host work is NumPy.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from semipd_jax.config import Platform
+from semipd_jax.messages import ROW_SAMPLING, DecodeStep, Phase, PrefillStep, StepLogprobs
+from semipd_jax.models import module
+from semipd_jax.runtime.batch import pack_bias
+from semipd_jax.runtime.buckets import Bucket, choose
+from semipd_jax.runtime.compile import STEP_KINDS, compile_step
+from semipd_jax.runtime.sampling import StepOutput
+from semipd_jax.runtime.state import SharedState
+from semipd_jax.storage.arrays import check_result
+
+type Step = PrefillStep | DecodeStep
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step on its way through the device."""
+
+    step_id: int
+    num_rows: int
+    wants_logprobs: bool
+    output: StepOutput
+    dispatched_s: float
+
+    def wait(self) -> tuple[bytes, StepLogprobs | None]:
+        """The sampled token ids (int32) and log-probabilities, when all that the step writes is
+        there: an execution's results become ready together."""
+        token_ids = np.asarray(self.output.token_ids)[: self.num_rows].tobytes()
+        if not self.wants_logprobs:
+            return token_ids, None
+        logprobs, top_ids, top_logprobs = (
+            np.asarray(x)[: self.num_rows].tobytes()
+            for x in (self.output.logprobs, self.output.top_ids, self.output.top_logprobs)
+        )
+        return token_ids, StepLogprobs(sampled=logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+class StepRunner:
+    """One phase's programs, the parameters, and the state that they hand on.
+
+    Args:
+      params: parameter tree over shared memory.
+      state: arrays over shared memory; this object owns them from now on.
+      on_compiled: called after each compiled bucket with its position and the bucket.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        graphdef: nnx.GraphDef,
+        params: module.Params,
+        state: SharedState,
+        buckets: tuple[Bucket, ...],
+        *,
+        platform: Platform,
+        on_compiled: Callable[[int, Bucket], None] = lambda *_: None,
+    ) -> None:
+        self._pack = STEP_KINDS[phase].pack
+        self._params = jax.tree.leaves(params)
+        self._state = state
+        self._addresses = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
+        self._programs: dict[Bucket, Any] = {}
+        self._no_bias: dict[Bucket, Array] = {}
+        for i, bucket in enumerate(buckets):
+            self._programs[bucket] = compile_step(phase, graphdef, params, state, bucket, platform)
+            self._no_bias[bucket] = jax.device_put(pack_bias(None, bucket))
+            on_compiled(i, bucket)
+
+    def dispatch(self, step: Step) -> PendingStep:
+        """Starts a step and returns at once. Raises ValueError if no bucket holds the step, and
+        SharingError if the state left shared memory; both are the end of this runner."""
+        num_rows = len(step.rows) // 4
+        num_tokens = len(step.token_ids) // 4 if isinstance(step, PrefillStep) else num_rows
+        bucket = choose(tuple(self._programs), num_tokens, num_rows)
+        packed = self._pack(step, bucket)
+        bias = self._no_bias[bucket] if step.bias is None else pack_bias(step.bias, bucket)
+        started_s = time.monotonic()
+        output, self._state = self._programs[bucket](self._params, self._state, packed, bias)
+        for array, address in zip(jax.tree.leaves(self._state), self._addresses, strict=True):
+            check_result(array, address)
+        return PendingStep(step.step_id, num_rows, _wants_logprobs(step), output, started_s)
+
+
+def _wants_logprobs(step: Step) -> bool:
+    return bool((np.frombuffer(step.sampling, ROW_SAMPLING)["num_logprobs"] >= 0).any())

@@ -1,0 +1,88 @@
+"""Picking one index per row of a [B, V] array in two levels: first a block, then an item in it.
+
+A block costs one vectorised reduction over the row; everything else works on [B, V / 256]. For
+B = 32, V = 128256 on one CPU core that takes argmax from 11.5 ms to 0.8 ms, and spares sampling a
+cumulative sum over the vocabulary.
+"""
+
+from typing import Final
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Int32
+
+_BLOCK_WIDTHS: Final = (256, 128, 64)
+_CUMSUM_TILE: Final = 32
+
+
+def argmax(x: Float32[Array, "B V"]) -> Int32[Array, " B"]:
+    """Index of each row's largest value, the first of equal ones."""
+    blocks = _blocks(x, padding=-jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=2), axis=1)
+    return _index(blocks, block, jnp.argmax(_take(blocks, block), axis=1))
+
+
+def categorical(
+    weights: Float32[Array, "B V"], u: Float32[Array, " B"], v: Float32[Array, " B"]
+) -> Int32[Array, " B"]:
+    """Index i of each row with probability weights[i] / sum(weights); never one of weight 0.
+
+    `u` picks the block and `v`, independent of it, the item, so that float32 resolves probabilities
+    far below 2**-24.
+    """
+    blocks = _blocks(weights, padding=0.0)
+    block = _invert_cdf(jnp.sum(blocks, axis=2), u)
+    return _index(blocks, block, _invert_cdf(_take(blocks, block), v))
+
+
+def cumulative(x: Float32[Array, "B n"]) -> Float32[Array, "B n"]:
+    """Cumulative sum along rows, as two products with small triangles of ones.
+
+    `jnp.cumsum` takes XLA ten times as long to compile, which counts: it would be in every program.
+    """
+    n, tile = x.shape[1], _CUMSUM_TILE
+    tiles = jnp.pad(x, ((0, 0), (0, -n % tile))).reshape(x.shape[0], -1, tile)
+    within = _dot(tiles, np.triu(np.ones((tile, tile), np.float32)))
+    num_tiles = within.shape[1]
+    before = _dot(within[:, :, -1], np.triu(np.ones((num_tiles, num_tiles), np.float32), k=1))
+    return (within + before[:, :, None]).reshape(x.shape[0], -1)[:, :n]
+
+
+def _dot(x: Float32[Array, "*rows n"], matrix: np.ndarray) -> Float32[Array, "*rows m"]:
+    return lax.dot_general(
+        x,
+        jnp.asarray(matrix),
+        dimension_numbers=(((x.ndim - 1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )
+
+
+def _invert_cdf(mass: Float32[Array, "B n"], u: Float32[Array, " B"]) -> Int32[Array, " B"]:
+    """The first index of positive mass where the cumulative sum exceeds u times the total.
+
+    Rounding may leave no such index, or put a step where there is no mass: hence the two guards.
+    """
+    summed = cumulative(mass)
+    beyond = (summed > (u * summed[:, -1])[:, None]) & (mass > 0)
+    return jnp.where(jnp.any(beyond, axis=1), jnp.argmax(beyond, axis=1), jnp.argmax(mass, axis=1))
+
+
+def _blocks(x: Float32[Array, "B V"], *, padding: float) -> Float32[Array, "B blocks width"]:
+    """The row in blocks of the widest size that divides it, padded if none does."""
+    size = x.shape[1]
+    width = next((w for w in _BLOCK_WIDTHS if size % w == 0), _BLOCK_WIDTHS[1])
+    x = jnp.pad(x, ((0, 0), (0, -size % width)), constant_values=padding)
+    return x.reshape(x.shape[0], -1, width)
+
+
+def _take(
+    blocks: Float32[Array, "B blocks width"], block: Int32[Array, " B"]
+) -> Float32[Array, "B width"]:
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
+
+
+def _index(
+    blocks: Float32[Array, "B blocks width"], block: Int32[Array, " B"], item: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
+    return block * blocks.shape[2] + item
