@@ -11,20 +11,20 @@ are and is ended.
 
 import contextlib
 import faulthandler
+import logging
 import os
 import select
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, Final, Never
 
 import msgspec
 from setproctitle import setproctitle
 
-from semipd_jax import errors
+from semipd_jax import errors, logs
 from semipd_jax.messages import (
     ChildSpec,
     Drain,
@@ -45,6 +45,7 @@ GRACE_S: Final = 10.0
 _SPEC_TIMEOUT_S: Final = 30.0
 _MAX_LINE_BYTES: Final = 1 << 20
 
+_log = logging.getLogger(__name__)
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder[Any](ToChild)
 
@@ -140,6 +141,7 @@ def run_child(main: Callable[[Child], None], *, grace_s: float = GRACE_S) -> Nev
     except EOFError:
         sys.exit(1)  # the launcher is gone already
     setproctitle(f"semipd: {spec.name}")
+    logs.configure(spec.name, spec.config.log_level)
     child = Child(spec, report_fd)
     signal_fd = _watch_sigterm()
     threading.Thread(
@@ -221,5 +223,5 @@ def _failure(error: Exception) -> Failed:
     for kind in type(error).__mro__:
         if kind.__module__ == errors.__name__:
             return Failed(kind=kind.__name__, message=str(error))
-    traceback.print_exception(error)
+    _log.error("unexpected failure", exc_info=error)
     return Failed(kind=errors.EngineError.__name__, message=f"{type(error).__name__}: {error}")

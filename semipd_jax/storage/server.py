@@ -5,11 +5,11 @@ An answer is a header (`HEADER`: length of the manifest) that carries one descri
 """
 
 import contextlib
+import logging
 import os
 import socket
 import stat
 import struct
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ HEADER: Final = struct.Struct("<I")
 _PEER: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _MAX_SOCKET_PATH: Final = 107
 _CLIENT_TIMEOUT_S: Final = 5.0
+_log = logging.getLogger(__name__)
 
 
 def socket_path(run_dir: str) -> str:
@@ -59,7 +60,7 @@ class MemoryServer:
                 socket.send_fds(client, [HEADER.pack(len(self._manifest))], self._fds)
                 client.sendall(self._manifest)
             except (OSError, SharingError) as error:
-                print(f"a process did not get the memory: {error}", file=sys.stderr)
+                _log.warning("a process did not get the memory: %s", error)
 
     def close(self) -> None:
         self._socket.close()

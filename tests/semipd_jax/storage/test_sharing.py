@@ -202,7 +202,7 @@ def test_refuses_an_owner_of_another_user(run_dir: str, monkeypatch: pytest.Monk
 
 
 def test_another_user_gets_no_memory(
-    run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
         contextlib.closing(MemoryServer(run_dir, [HostMemory(STATE)])) as memory_server,
@@ -212,7 +212,7 @@ def test_another_user_gets_no_memory(
         monkeypatch.setattr(os, "geteuid", lambda: 4711)
         memory_server.answer()
         assert socket.recv_fds(client, 100, 10)[:2] == (b"", [])
-    assert f"process {os.getpid()} belongs to user" in capsys.readouterr().err
+    assert f"process {os.getpid()} belongs to user" in caplog.text
 
 
 def test_run_dir_must_be_private(run_dir: str) -> None:
@@ -225,7 +225,7 @@ def test_process_that_does_not_read_is_dropped(
     run_dir: str,
     serving: Serving,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(server, "_CLIENT_TIMEOUT_S", 0.1)
     paths = ("/".join([str(i)] * 50) for i in range(5000))  # more than a socket's buffer
@@ -233,7 +233,7 @@ def test_process_that_does_not_read_is_dropped(
     with serving(run_dir, memory, times=2), socket.socket(socket.AF_UNIX) as lazy:
         lazy.connect(socket_path(run_dir))
         assert map_regions(run_dir, "cpu", 10.0)["state"].region == memory.region
-    assert "timed out" in capsys.readouterr().err
+    assert "timed out" in caplog.text
 
 
 def test_no_owner(run_dir: str) -> None:
