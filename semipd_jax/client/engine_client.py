@@ -1,0 +1,303 @@
+"""The link between one event loop and the coordinator, shared by all requests of this process."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Self
+
+import numpy as np
+
+from semipd_jax.client.prompt import Prompt, PromptEncoder
+from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
+from semipd_jax.client.stream import Stream
+from semipd_jax.config import ModelConfig
+from semipd_jax.errors import (
+    DuplicateRequestError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestNotFoundError,
+    UnavailableError,
+)
+from semipd_jax.messages import (
+    Abort,
+    Admitted,
+    FromCoordinator,
+    GetStats,
+    MemoryLayout,
+    Outputs,
+    Refused,
+    Stats,
+    Submit,
+    ToCoordinator,
+)
+from semipd_jax.request import (
+    MAX_REQUEST_ID_CHARS,
+    Event,
+    Finished,
+    FinishReason,
+    Request,
+    SamplingParams,
+)
+from semipd_jax.text.output import OutputText
+from semipd_jax.text.tokenizer import Tokenizer, load_tokenizer
+from semipd_jax.transport.channels import CLIENTS, AsyncLink
+
+_STATS_TIMEOUT_S: Final = 10.0
+_RETRY_S: Final = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+class EngineClient:
+    """Submits requests and streams what comes back. Belongs to the event loop it was started on.
+
+    Args:
+      run_dir: private directory that holds the coordinator's socket.
+      layout: sizes of the running engine.
+      model: its seed starts the seeds of requests that bring none.
+      generation_defaults: the model's, by `load_generation_defaults`.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        layout: MemoryLayout,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        generation_defaults: Mapping[str, Any],
+    ) -> None:
+        self._run_dir = run_dir
+        self._layout = layout
+        self._tokenizer = tokenizer
+        self._defaults = generation_defaults
+        self._seeds = random.Random(model.seed)
+        self._prompts = PromptEncoder(tokenizer, layout.max_model_len)
+        self._numbers = itertools.count(1)  # of requests and queries on the link
+        self._streams: dict[int, Stream] = {}
+        self._handles: dict[str, int] = {}
+        self._queries: dict[int, asyncio.Future[Stats]] = {}
+        self._link: AsyncLink[FromCoordinator, ToCoordinator] | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._lost: EngineError | None = None
+
+    @classmethod
+    async def connect(cls, run_dir: str, layout: MemoryLayout, model: ModelConfig) -> Self:
+        """A started client with the model's tokenizer and defaults."""
+        tokenizer = await asyncio.to_thread(load_tokenizer, model.tokenizer_path)
+        client = cls(run_dir, layout, tokenizer, model, load_generation_defaults(model.path))
+        await client.start()
+        return client
+
+    async def start(self) -> None:
+        identity = f"client-{uuid.uuid4().hex}"
+        self._link = AsyncLink(self._run_dir, CLIENTS, identity, FromCoordinator)
+        self._receiver = asyncio.create_task(self._receive(self._link), name="engine client")
+
+    async def close(self) -> None:
+        """Ends every request of this client. Safe to call twice."""
+        for handle in self._streams:
+            self._abort(handle, FinishReason.ABORT)
+        self.connection_lost(UnavailableError("the engine client was closed"))
+        self._prompts.close()
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._receiver
+            self._receiver = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def connection_lost(self, error: EngineError) -> None:
+        """The coordinator is gone: ends every request, and refuses new ones, for this reason."""
+        self._lost = error
+        for stream in self._streams.values():
+            stream.fail(str(error))
+        self._streams.clear()
+        self._handles.clear()
+        for query in self._queries.values():
+            query.set_exception(UnavailableError(str(error)))
+        self._queries.clear()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | Mapping[str, Any],
+        *,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[Event]:
+        """Streams Started, Deltas, Finished. Closing the generator ends the request at once.
+
+        Args:
+          prompt: text, token ids, or chat messages.
+          sampling: all of it, or a mapping of the fields that differ from the model's defaults.
+          request_id: chosen here when absent.
+
+        Raises:
+          InvalidRequestError, DuplicateRequestError, OverloadedError, UnavailableError,
+          RequestFailedError.
+        """
+        stream = await self._submit(prompt, sampling, request_id or uuid.uuid4().hex)
+        try:
+            while True:
+                event = await stream.next()
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            if self._forget(stream):
+                self._abort(stream.handle, FinishReason.ABORT)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream ends with reason ABORT.
+
+        Raises:
+          RequestNotFoundError: no running request has this id.
+        """
+        handle = self._handles.get(request_id)
+        if handle is None:
+            raise RequestNotFoundError(f"no running request has id {request_id!r:.200}")
+        self._abort(handle, FinishReason.ABORT)
+
+    async def stats(self) -> Stats:
+        link = self._connected()
+        query_id = next(self._numbers)
+        query = self._queries[query_id] = asyncio.get_running_loop().create_future()
+        try:
+            link.send(GetStats(query_id))
+            return await asyncio.wait_for(query, _STATS_TIMEOUT_S)
+        except (TimeoutError, BlockingIOError) as error:
+            raise UnavailableError("the coordinator does not answer") from error
+        finally:
+            self._queries.pop(query_id, None)
+
+    async def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids as `generate` would see them."""
+        return await self._prompts.encode(prompt, add_special_tokens=add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return await self._prompts.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    # ------------------------------------------------------------ requests
+
+    async def _submit(
+        self, prompt: Prompt, sampling: SamplingParams | Mapping[str, Any], request_id: str
+    ) -> Stream:
+        self._connected()
+        _check_request_id(request_id)
+        token_ids = await self._prompts.encode(prompt)
+        params = self._complete(sampling, token_ids)
+        if request_id in self._handles:
+            raise DuplicateRequestError(f"a request with id {request_id!r} is running")
+        link = self._connected()
+        handle = next(self._numbers)
+        try:
+            link.send(
+                Submit(
+                    handle,
+                    Request(request_id=request_id, prompt_token_ids=token_ids, sampling=params),
+                )
+            )
+        except BlockingIOError as error:
+            raise OverloadedError(str(error)) from error
+        text = OutputText(self._tokenizer, token_ids, params)
+        stream = Stream(handle, request_id, len(token_ids), text)
+        self._streams[handle] = stream
+        self._handles[request_id] = handle
+        return stream
+
+    def _complete(
+        self, sampling: SamplingParams | Mapping[str, Any], token_ids: tuple[int, ...]
+    ) -> SamplingParams:
+        layout = self._layout
+        params = complete_sampling(
+            sampling,
+            self._defaults,
+            token_ids,
+            vocab_size=layout.vocab_size,
+            max_model_len=layout.max_model_len,
+        )
+        eos = () if params.ignore_eos else layout.eos_token_ids
+        seed = self._seeds.getrandbits(32) if params.seed is None else fold_seed(params.seed)
+        return replace(
+            params, seed=seed, stop_token_ids=tuple(dict.fromkeys(params.stop_token_ids + eos))
+        )
+
+    def _connected(self) -> AsyncLink[FromCoordinator, ToCoordinator]:
+        if self._lost is not None:
+            raise UnavailableError(str(self._lost))
+        if self._link is None:
+            raise UnavailableError("the engine client was not started")
+        return self._link
+
+    def _forget(self, stream: Stream) -> bool:
+        """Whether the request was still running."""
+        if self._streams.pop(stream.handle, None) is None:
+            return False
+        del self._handles[stream.request_id]
+        return True
+
+    def _abort(self, handle: int, reason: FinishReason) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.send(Abort(handle, reason))
+        except BlockingIOError:
+            asyncio.get_running_loop().call_later(_RETRY_S, self._abort, handle, reason)
+
+    # ------------------------------------------------------------ what the coordinator says
+
+    async def _receive(self, link: AsyncLink[FromCoordinator, ToCoordinator]) -> None:
+        try:
+            while True:
+                self._take(await link.receive())
+        except Exception:
+            _log.exception("the link to the coordinator failed")
+            self.connection_lost(UnavailableError("the link to the coordinator failed"))
+
+    def _take(self, message: FromCoordinator) -> None:
+        match message:
+            case Outputs():
+                self._take_outputs(message)
+            case Admitted(handle=handle):
+                if stream := self._streams.get(handle):
+                    stream.admitted(message)
+            case Refused(handle=handle, error=kind, message=text):
+                if stream := self._streams.get(handle):
+                    self._forget(stream)
+                    overloaded = kind == "overloaded"
+                    stream.refused(OverloadedError(text) if overloaded else UnavailableError(text))
+            case Stats(query_id=query_id):
+                query = self._queries.pop(query_id, None)
+                if query is not None and not query.done():
+                    query.set_result(message)
+
+    def _take_outputs(self, message: Outputs) -> None:
+        handles = np.frombuffer(message.handles, np.int64).tolist()
+        token_ids = np.frombuffer(message.token_ids, np.int32).tolist()
+        logprobs = dict(message.logprobs)
+        for i, (handle, token_id) in enumerate(zip(handles, token_ids, strict=True)):
+            stream = self._streams.get(handle)
+            if stream is not None and stream.token(token_id, logprobs.get(i)):
+                self._abort(handle, FinishReason.STOP)
+        for done in message.done:
+            if stream := self._streams.get(done.handle):
+                self._forget(stream)
+                stream.done(done)
+
+
+def _check_request_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID_CHARS or not (
+        request_id.isascii() and request_id.isprintable()
+    ):
+        raise InvalidRequestError(
+            f"request_id is {request_id!r:.200}; allowed: at most {MAX_REQUEST_ID_CHARS} printable "
+            "ASCII characters",
+            field="request_id",
+        )

@@ -1,0 +1,92 @@
+"""One running request, between the link to the coordinator and whoever reads its events."""
+
+import asyncio
+
+from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
+from semipd_jax.messages import Admitted, Done
+from semipd_jax.request import Delta, Event, Finished, FinishReason, Started, TokenLogprob, Usage
+from semipd_jax.text.output import OutputText
+
+
+class Stream:
+    """What has arrived and was not read yet. Unread tokens are merged into one Delta, so that a
+    slow reader costs no more memory than its own request's output.
+
+    Attributes:
+      handle: the request's number on the link.
+    """
+
+    def __init__(self, handle: int, request_id: str, prompt_len: int, text: OutputText) -> None:
+        self.handle = handle
+        self.request_id = request_id
+        self._prompt_len = prompt_len
+        self._output = text
+        self._cached_tokens = 0
+        self._num_tokens = 0
+        self._started: Started | None = None
+        self._token_ids: list[int] = []
+        self._text = ""
+        self._logprobs: list[TokenLogprob] = []
+        self._finished: Finished | None = None
+        self._error: EngineError | None = None
+        self._arrived = asyncio.Event()
+
+    async def next(self) -> Event:
+        """Waits for the next event; raises the error that ended the request."""
+        while (event := self._take()) is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return event
+
+    def admitted(self, message: Admitted) -> None:
+        self._cached_tokens = message.cached_tokens
+        self._started = Started(self._prompt_len, message.cached_tokens, message.queue_s)
+        self._arrived.set()
+
+    def token(self, token_id: int, logprob: TokenLogprob | None) -> bool:
+        """Takes a token in. Returns True if it completes a stop string: what follows is dropped,
+        and the coordinator must be told."""
+        if self._output.matched_stop is not None:
+            return False
+        self._num_tokens += 1
+        self._token_ids.append(token_id)
+        self._text += self._output.push(token_id)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        self._arrived.set()
+        return self._output.matched_stop is not None
+
+    def done(self, message: Done) -> None:
+        """The coordinator has let go of the request."""
+        if message.error is not None:
+            self.fail(message.error)
+            return
+        self._text += self._output.finish()
+        matched = self._output.matched_stop
+        self._finished = Finished(
+            reason=message.reason if matched is None else FinishReason.STOP,
+            usage=Usage(self._prompt_len, self._num_tokens, self._cached_tokens),
+            matched_stop=message.stop_token_id if matched is None else matched,
+            timings=message.timings,
+        )
+        self._arrived.set()
+
+    def refused(self, error: EngineError) -> None:
+        self._error = error
+        self._arrived.set()
+
+    def fail(self, reason: str) -> None:
+        """The request ends without a result."""
+        self.refused(RequestFailedError(reason) if self._num_tokens else UnavailableError(reason))
+
+    def _take(self) -> Event | None:
+        if self._started is not None:
+            started, self._started = self._started, None
+            return started
+        if self._token_ids or self._text:
+            delta = Delta(tuple(self._token_ids), self._text, tuple(self._logprobs))
+            self._token_ids, self._text, self._logprobs = [], "", []
+            return delta
+        if self._error is not None:
+            raise self._error
+        return self._finished
