@@ -143,9 +143,8 @@ class GatedMlp(nnx.Module):
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         gate_up = _project(x, self.gate_up_proj[...], self.gate_up_bias).astype(jnp.float32)
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        return _project(
-            (jax.nn.silu(gate) * up).astype(x.dtype), self.down_proj[...], self.down_bias
-        )
+        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return _project(hidden, self.down_proj[...], self.down_bias)
 
 
 def _project(
@@ -169,7 +168,9 @@ def _project(
     return y.astype(out_dtype or x.dtype)
 
 
-def _rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float) -> Array:
+def _rms_norm(
+    x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*rows D"]:
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     weight = jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))

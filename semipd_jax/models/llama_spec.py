@@ -147,10 +147,7 @@ def parse_llama(values: Mapping[str, Any]) -> ModelSpec:
 
 def parse_mistral(values: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(values, "config.json")
-    window = 4096 if "sliding_window" not in fields else None
-    if fields.has("sliding_window"):
-        window = fields.integer("sliding_window")
-    return _parse(fields, windows=(window,) * _num_layers(fields))
+    return _parse(fields, windows=(_window(fields),) * _num_layers(fields))
 
 
 def parse_qwen2(values: Mapping[str, Any]) -> ModelSpec:
@@ -232,13 +229,20 @@ def _head_dim(fields: Fields, num_heads: int) -> int:
     return hidden_size // num_heads
 
 
+def _window(fields: Fields) -> int | None:
+    """A null turns windows off, unlike absence."""
+    if "sliding_window" in fields and not fields.has("sliding_window"):
+        return None
+    return fields.integer("sliding_window", 4096)
+
+
 def _layer_windows(fields: Fields) -> tuple[int | None, ...]:
     """Qwen: `use_sliding_window` turns windows on from layer `max_window_layers` upwards, or for
     the layers that `layer_types` names."""
     num_layers = _num_layers(fields)
     if not fields.flag("use_sliding_window", False):
         return (None,) * num_layers
-    window = fields.integer("sliding_window", 4096)
+    window = _window(fields)
     first = fields.integer("max_window_layers", 28, minimum=0)
     kinds = fields.texts(
         "layer_types",

@@ -152,6 +152,14 @@ def test_absent_window_is_transformers_default():
     assert parse_spec(values).config.windows[0] == 4096
 
 
+def test_qwen_windows_start_at_max_window_layers():
+    values = {**QWEN2_5_7B, "num_hidden_layers": 4, "max_window_layers": 2}
+    values |= {"use_sliding_window": True, "sliding_window": 8}
+    assert parse_spec(values).config.windows == (None, None, 8, 8)
+    assert parse_spec({**values, "sliding_window": None}).config.windows == (None,) * 4
+    assert parse_spec({**values, "use_sliding_window": False}).config.windows == (None,) * 4
+
+
 REFUSED = {
     "architectures": ["GPT2LMHeadModel"],
     "vocab_size": "32000",
