@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_cases import columns
+from step_cases import columns
 
 from semipd_jax.messages import ROW_SAMPLING, DecodeStep, LogitBias, PrefillStep
 from semipd_jax.runtime import batch

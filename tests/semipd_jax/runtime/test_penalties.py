@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_cases import history, sampling
+from step_cases import history, sampling
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from semipd_jax.runtime import penalties

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from sampling_cases import history, sampling
 from scipy import stats
+from step_cases import history, sampling
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,

@@ -1,0 +1,229 @@
+"""The two steps against a dense forward pass of the same module, and what they may write."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_cases import (
+    PAGE_SIZE,
+    abstract_state,
+    columns,
+    decode_message,
+    prefill_message,
+    tiny_layout,
+    tiny_model,
+    zero_state,
+)
+
+from semipd_jax.models import module
+from semipd_jax.runtime import batch
+from semipd_jax.runtime.buckets import Bucket, decode_buckets
+from semipd_jax.runtime.compile import compile_step
+
+SPEC, GRAPHDEF, PARAMS = tiny_model()
+LAYOUT = tiny_layout(SPEC)
+PREFILL = Bucket(num_tokens=32, num_rows=4, table_width=7, bias_width=4)
+DECODE = Bucket(num_tokens=4, num_rows=4, table_width=7, bias_width=4)
+
+
+@functools.cache
+def program(phase, bucket):
+    state = abstract_state(SPEC, LAYOUT)
+    return compile_step(phase, GRAPHDEF, PARAMS, state, bucket, "cpu")
+
+
+def run_prefill(state, message):
+    return _run("prefill", PREFILL, state, batch.pack_prefill(message, PREFILL))
+
+
+def run_decode(state, message, bucket=DECODE):
+    return _run("decode", bucket, state, batch.pack_decode(message, bucket))
+
+
+def _run(phase, bucket, state, packed):
+    leaves = jax.tree.leaves(PARAMS)
+    output, state = program(phase, bucket)(leaves, state, packed, batch.pack_bias(None, bucket))
+    return np.asarray(output.token_ids).tolist(), state
+
+
+def copy(state):
+    return jax.tree.map(lambda a: jnp.asarray(np.array(a)), state)
+
+
+@jax.jit
+def dense_logits(token_ids):
+    """Next-token logits at every position, with plain causal attention."""
+
+    def attend(q, k, v, cache, window):
+        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+        scores = jnp.einsum("tnh,snh->nts", q, k) * q.shape[-1] ** -0.5
+        visible = jnp.tri(len(q), dtype=bool)[None]
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("nts,snh->tnh", weights, v), cache
+
+    model = module.merge(GRAPHDEF, PARAMS)
+    positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+    hidden, _ = model(token_ids, positions, [{}] * SPEC.num_layers, attend)
+    return model.logits(hidden)
+
+
+def dense_greedy(prompt, num_tokens):
+    token_ids = np.zeros(SPEC.max_model_len, np.int32)
+    token_ids[: len(prompt)] = prompt
+    for end in range(len(prompt), len(prompt) + num_tokens):
+        token_ids[end] = np.argmax(dense_logits(jnp.asarray(token_ids))[end - 1])
+    return token_ids[len(prompt) : len(prompt) + num_tokens].tolist()
+
+
+class Request:
+    """A prompt with shuffled pages of its own, cut into random chunks."""
+
+    def __init__(self, row, prompt, page_ids, cuts):
+        self.row, self.prompt, self.pages = row, prompt, page_ids
+        bounds = [0, *sorted(cuts), len(prompt)]
+        self.chunks = [(s, e) for s, e in itertools.pairwise(bounds) if s < e]
+        self.output = []
+
+    def next_chunk(self):
+        start, end = self.chunks.pop(0)
+        return (self.row, self.pages, self.prompt, start, end, not self.chunks)
+
+    def decode_row(self):
+        return self.row, self.pages, len(self.prompt) + len(self.output)
+
+
+def random_requests(rng, num_requests):
+    pages = (1 + rng.permutation(LAYOUT.num_pages - 1)).tolist()
+    requests = []
+    for row in 1 + rng.permutation(LAYOUT.num_rows - 1)[:num_requests]:
+        length = int(rng.integers(1, 60))
+        prompt = rng.integers(2, SPEC.vocab_size, length).tolist()
+        cuts = {*range(0, length, 24), *rng.integers(0, length, 2).tolist()}
+        own = [pages.pop() for _ in range(-(-(length + 13) // PAGE_SIZE))]
+        requests.append(Request(int(row), prompt, own, cuts))
+    return requests
+
+
+def generate(state, requests, num_tokens, rng):
+    """Prefills in mixed batches of chunks, decodes in random batches, until all have enough."""
+    while any(len(r.output) < num_tokens for r in requests):
+        waiting = [r for r in requests if r.chunks]
+        if waiting and rng.random() < 0.7:
+            chosen, room = [], PREFILL.num_tokens
+            for r in waiting[: PREFILL.num_rows]:
+                room -= r.chunks[0][1] - r.chunks[0][0]
+                chosen += [r] if room >= 0 else []
+            tokens, state = run_prefill(state, prefill_message([r.next_chunk() for r in chosen]))
+            for r, token in zip(chosen, tokens, strict=False):
+                r.output += [] if r.chunks else [token]
+        running = [r for r in requests if r.output and len(r.output) < num_tokens]
+        if running:
+            chosen = [running[i] for i in rng.permutation(len(running))[: DECODE.num_rows]]
+            tokens, state = run_decode(state, decode_message([r.decode_row() for r in chosen]))
+            for r, token in zip(chosen, tokens, strict=False):
+                r.output.append(token)
+    return state
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=5, deadline=None)
+def test_greedy_tokens_equal_a_dense_forward_pass(seed):
+    rng = np.random.default_rng(seed)
+    requests = random_requests(rng, 6)
+    state = generate(zero_state(SPEC, LAYOUT), requests, 12, rng)
+    for r in requests:
+        assert r.output == dense_greedy(r.prompt, 12)
+        written = np.asarray(state.tokens)[r.row]
+        assert written[: len(r.prompt) + 12].tolist() == r.prompt + r.output
+
+
+def prefilled(seed=0, num_requests=3):
+    """Some requests after prefill and one decode step, and the state that holds them."""
+    rng = np.random.default_rng(seed)
+    requests = random_requests(rng, num_requests)
+    return requests, generate(zero_state(SPEC, LAYOUT), requests, 2, rng)
+
+
+RANDOM = {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": [5, 6, 7]}
+
+
+def test_running_a_step_again_changes_nothing():
+    requests, state = prefilled()
+    message = decode_message(
+        [r.decode_row() for r in requests], sampling=columns(len(requests), **RANDOM)
+    )
+    first, state = run_decode(state, message)
+    once = copy(state)
+    second, state = run_decode(state, message)
+    assert first == second
+    jax.tree.map(np.testing.assert_array_equal, state, once)
+
+    chunk = prefill_message(
+        [(r.row, r.pages, r.prompt, 0, min(10, len(r.prompt)), True) for r in requests],
+        sampling=columns(len(requests), **RANDOM),
+    )
+    first, state = run_prefill(state, chunk)
+    once = copy(state)
+    second, state = run_prefill(state, chunk)
+    assert first == second
+    jax.tree.map(np.testing.assert_array_equal, state, once)
+
+
+def changed_slots(before, after):
+    """(page, offset) of every KV slot that differs, in any layer."""
+    slots = set()
+    for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
+        page, _, offset, _ = np.nonzero(np.asarray(old) != np.asarray(new))
+        slots |= set(zip(page.tolist(), offset.tolist(), strict=True))
+    return slots
+
+
+def changed_tokens(before, after):
+    row, position = np.nonzero(np.asarray(before.tokens) != np.asarray(after.tokens))
+    return set(zip(row.tolist(), position.tolist(), strict=True))
+
+
+def slot(pages, position):
+    return pages[position // PAGE_SIZE], position % PAGE_SIZE
+
+
+def test_decode_writes_its_own_slots_and_nothing_else():
+    requests, state = prefilled()
+    before = copy(state)
+    _, after = run_decode(state, decode_message([r.decode_row() for r in requests]))
+    positions = [len(r.prompt) + len(r.output) for r in requests]
+    own = {slot(r.pages, p - 1) for r, p in zip(requests, positions, strict=True)}
+    assert changed_slots(before, after) == own
+    assert changed_tokens(before, after) <= {
+        (r.row, p) for r, p in zip(requests, positions, strict=True)
+    }
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_prefill_writes_its_own_slots_and_nothing_else(samples):
+    state = zero_state(SPEC, LAYOUT)
+    pages, prompt = [9, 3], list(range(40, 70))
+    before = copy(state)
+    _, after = run_prefill(state, prefill_message([(4, pages, prompt, 0, 20, samples)]))
+    assert changed_slots(before, after) == {slot(pages, p) for p in range(20)}
+    assert changed_tokens(before, after) == {(4, p) for p in range(20 + samples)}
+
+
+def test_tokens_do_not_depend_on_bucket_or_row_order():
+    requests, state = prefilled()
+    rows = [r.decode_row() for r in requests]
+    table = columns(len(rows), **RANDOM)
+    together, _ = run_decode(copy(state), decode_message(rows, sampling=table))
+    shuffled, _ = run_decode(copy(state), decode_message(rows[::-1], sampling=table[::-1]))
+    assert shuffled[: len(rows)] == together[: len(rows)][::-1]
+    (one_row,) = decode_buckets(LAYOUT, 1)
+    for i, row in enumerate(rows):
+        alone, _ = run_decode(
+            copy(state), decode_message([row], sampling=table[i : i + 1]), one_row
+        )
+        assert alone[0] == together[i]

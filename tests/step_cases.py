@@ -1,0 +1,162 @@
+"""Inputs of the runtime for tests: a tiny model, sampling columns, step messages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semipd_jax.messages import ROW_SAMPLING, DecodeStep, MemoryLayout, PrefillStep
+from semipd_jax.models import module
+from semipd_jax.models.registry import parse_spec
+from semipd_jax.runtime.batch import Sampling
+from semipd_jax.runtime.state import SharedState
+
+PAGE_SIZE = 16
+
+OFF = {"top_p": 1.0, "repetition_penalty": 1.0, "num_logprobs": -1}
+
+
+def columns(num_rows, **changes):
+    """ROW_SAMPLING of `num_rows` greedy rows; a change is a value or one per row."""
+    table = np.zeros(num_rows, ROW_SAMPLING)
+    for name, value in (OFF | changes).items():
+        table[name] = value
+    return table
+
+
+def sampling(num_rows, *, bias=None, **changes):
+    """`bias`: for each row a dict of token id → value."""
+    table = columns(num_rows, **changes)
+    biases = bias or [{}] * num_rows
+    width = max(1, *(len(b) for b in biases))
+    token_ids = np.full((num_rows, width), -1, np.int32)
+    values = np.zeros((num_rows, width), np.float32)
+    for i, row in enumerate(biases):
+        token_ids[i, : len(row)] = list(row)
+        values[i, : len(row)] = list(row.values())
+    return Sampling(
+        **{name: jnp.asarray(table[name]) for name in ROW_SAMPLING.names},
+        bias_token_ids=jnp.asarray(token_ids),
+        bias_values=jnp.asarray(values),
+    )
+
+
+def history(*rows, length=600):
+    """The shared token array: row 0 is scratch, then the given rows, then -7 where unwritten."""
+    tokens = np.full((len(rows) + 1, length), -7, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i + 1, : len(row)] = row
+    return jnp.asarray(tokens)
+
+
+def tiny_spec(**changes):
+    """Two Llama layers, small enough to compile in a second."""
+    return parse_spec(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 96,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "torch_dtype": "float32",
+        }
+        | changes
+    )
+
+
+def tiny_layout(spec, *, num_pages=40, num_rows=9):
+    return MemoryLayout(
+        dtype="float32",
+        vocab_size=spec.vocab_size,
+        max_model_len=spec.max_model_len,
+        page_size=PAGE_SIZE,
+        num_pages=num_pages,
+        num_rows=num_rows,
+        weight_bytes=0,
+        kv_bytes=0,
+        eos_token_ids=(1,),
+    )
+
+
+@functools.cache
+def tiny_model():
+    """(spec, graphdef, params), with weights that make greedy choices clear."""
+    spec = tiny_spec()
+    graphdef, abstract = module.abstract_params(spec, "float32")
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        scale = 3.0 / leaf.shape[-1] ** 0.5 if len(leaf.shape) == 2 else 1.0
+        return jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32) * scale)
+
+    return spec, graphdef, jax.tree.map(fill, abstract)
+
+
+def abstract_state(spec, layout):
+    layer = {
+        a.name: jax.ShapeDtypeStruct((layout.num_pages, *a.page_shape), jnp.dtype(layout.dtype))
+        for a in spec.kv_layout(layout.page_size)
+    }
+    tokens = (layout.num_rows, layout.max_model_len + 1)
+    return SharedState(
+        layers=[dict(layer) for _ in range(spec.num_layers)],
+        tokens=jax.ShapeDtypeStruct(tokens, jnp.int32),
+    )
+
+
+def zero_state(spec, layout):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_state(spec, layout))
+
+
+def int32(values):
+    return np.asarray(values, np.int32).tobytes()
+
+
+def page_table(pages):
+    """(width, bytes) of rows of page ids, padded with scratch page 0."""
+    width = max(map(len, pages))
+    return width, int32([[*row, *[0] * (width - len(row))] for row in pages])
+
+
+def prefill_message(chunks, *, step_id=0, sampling=None):
+    """`chunks`: (row, page ids, all token ids, start, end, samples) of each request."""
+    rows, pages, token_ids, starts, ends, samples = zip(*chunks, strict=True)
+    lens = [end - start for start, end in zip(starts, ends, strict=True)]
+    width, table = page_table(pages)
+    return PrefillStep(
+        step_id=step_id,
+        token_ids=int32(
+            [t for ids, s, e in zip(token_ids, starts, ends, strict=True) for t in ids[s:e]]
+        ),
+        cu_q_lens=int32(np.concatenate([[0], np.cumsum(lens)])),
+        context_lens=int32(ends),
+        rows=int32(rows),
+        samples=np.array(samples, np.bool_).tobytes(),
+        table_width=width,
+        page_table=table,
+        sampling=(columns(len(rows)) if sampling is None else sampling).tobytes(),
+    )
+
+
+def decode_message(requests, *, step_id=0, sampling=None, bias=None):
+    """`requests`: (row, page ids, context length) of each."""
+    rows, pages, context_lens = zip(*requests, strict=True)
+    width, table = page_table(pages)
+    return DecodeStep(
+        step_id=step_id,
+        context_lens=int32(context_lens),
+        rows=int32(rows),
+        table_width=width,
+        page_table=table,
+        sampling=(columns(len(rows)) if sampling is None else sampling).tobytes(),
+        bias=bias,
+    )
