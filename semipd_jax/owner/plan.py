@@ -1,0 +1,118 @@
+"""How large everything is and where it lies. Pure: sizes in, two regions and a layout out."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from semipd_jax.config import EngineConfig
+from semipd_jax.errors import StartupError
+from semipd_jax.messages import MemoryLayout
+from semipd_jax.models.spec import ModelSpec
+from semipd_jax.storage.manifest import STATE, WEIGHTS, Region, lay_out, numpy_dtype
+
+_POOL_SHARE: Final = 0.25
+"""Most of what the weights leave free that the KV pool takes if no size was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    weights: Region
+    state: Region
+    layout: MemoryLayout
+
+
+def plan_memory(
+    spec: ModelSpec,
+    config: EngineConfig,
+    *,
+    eos_token_ids: tuple[int, ...],
+    available_bytes: int,
+) -> MemoryPlan:
+    """Raises StartupError that says what to change if the model or one full request cannot fit."""
+    dtype = _dtype(spec, config)
+    max_model_len = _max_model_len(spec, config)
+    num_rows = config.scheduler.max_num_seqs + 1
+    weights = lay_out(WEIGHTS, ((weight.path, weight.shape, dtype) for weight in spec.weights))
+    if weights.num_bytes > available_bytes:
+        raise StartupError(
+            f"the weights need {_gib(weights.num_bytes)} as {dtype}, "
+            f"but only {_gib(available_bytes)} of memory are available"
+        )
+    page_bytes = _page_bytes(spec, config.cache.page_size, dtype)
+    num_pages = _num_pages(config, max_model_len, page_bytes, available_bytes - weights.num_bytes)
+    state = _lay_out_state(spec, config.cache.page_size, dtype, num_pages, num_rows, max_model_len)
+    if weights.num_bytes + state.num_bytes > available_bytes:
+        raise StartupError(
+            f"weights and KV pool need {_gib(weights.num_bytes + state.num_bytes)}, but only "
+            f"{_gib(available_bytes)} of memory are available: lower kv_cache_memory_bytes"
+        )
+    layout = MemoryLayout(
+        dtype=dtype,
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
+        page_size=config.cache.page_size,
+        num_pages=num_pages,
+        num_rows=num_rows,
+        weight_bytes=weights.num_bytes,
+        kv_bytes=num_pages * page_bytes,
+        eos_token_ids=eos_token_ids,
+    )
+    return MemoryPlan(weights, state, layout)
+
+
+def _dtype(spec: ModelSpec, config: EngineConfig) -> str:
+    """A CPU computes fastest in float32: XLA:CPU emulates the shorter types."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "float32" if config.platform == "cpu" else spec.checkpoint_dtype
+
+
+def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
+    asked = config.model.max_model_len
+    if asked is None:
+        return spec.max_model_len
+    if asked > spec.max_model_len:
+        raise StartupError(
+            f"max_model_len is {asked}; allowed: 2 to {spec.max_model_len}, the model's own limit"
+        )
+    return asked
+
+
+def _page_bytes(spec: ModelSpec, page_size: int, dtype: str) -> int:
+    """Bytes of one page of all layers."""
+    elements = sum(math.prod(array.page_shape) for array in spec.kv_layout(page_size))
+    return spec.num_layers * elements * numpy_dtype(dtype).itemsize
+
+
+def _num_pages(config: EngineConfig, max_model_len: int, page_bytes: int, free_bytes: int) -> int:
+    """Pages of the pool, scratch page included: as asked for, else what all rows could fill."""
+    page_size = config.cache.page_size
+    longest = -(-max_model_len // page_size)
+    pool_bytes = config.cache.memory_bytes
+    if pool_bytes is None:
+        wanted = (1 + config.scheduler.max_num_seqs * longest) * page_bytes
+        pool_bytes = min(wanted, int(free_bytes * _POOL_SHARE))
+    num_pages = pool_bytes // page_bytes
+    if num_pages < 1 + longest:
+        raise StartupError(
+            f"a KV pool of {_gib(pool_bytes)} holds {max(num_pages - 1, 0) * page_size} tokens, "
+            f"fewer than one request of max_model_len {max_model_len}: lower max_model_len, or "
+            f"set kv_cache_memory_bytes to at least {(1 + longest) * page_bytes}"
+        )
+    return num_pages
+
+
+def _lay_out_state(
+    spec: ModelSpec, page_size: int, dtype: str, num_pages: int, num_rows: int, max_model_len: int
+) -> Region:
+    pools = [
+        (f"layers/{layer}/{array.name}", (num_pages, *array.page_shape), dtype)
+        for layer in range(spec.num_layers)
+        for array in spec.kv_layout(page_size)
+    ]
+    tokens = ("tokens", (num_rows, max_model_len + 1), "int32")
+    return lay_out(STATE, [*pools, tokens], writable=True)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,161 @@
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from semipd_jax.errors import StartupError
+from semipd_jax.models.spec import KVArray, ModelSpec, WeightSpec
+from semipd_jax.owner.plan import MemoryPlan, plan_memory
+from semipd_jax.storage.manifest import check
+
+GIB = 2**30
+PAGE_BYTES = 3 * 2 * (2 * 16 * 8) * 4  # layers, k and v, (heads, page_size, head_dim), float32
+LONGEST = 1000 // 16 + 1  # pages of one request
+
+
+def model(*, max_model_len: int = 1000, vocab_size: int = 50) -> ModelSpec:
+    return ModelSpec(
+        architecture="Test",
+        config=None,
+        checkpoint_dtype="bfloat16",
+        vocab_size=vocab_size,
+        num_layers=3,
+        max_model_len=max_model_len,
+        weights=(
+            WeightSpec("embed", (vocab_size, 16), ("embed",), ((vocab_size, 16),)),
+            WeightSpec("norm", (16,), ("norm",), ((16,),)),
+        ),
+        kv_layout=lambda page_size: (
+            KVArray("k_pages", (2, page_size, 8)),
+            KVArray("v_pages", (2, page_size, 8)),
+        ),
+    )
+
+
+def plan(
+    spec: ModelSpec | None = None,
+    *,
+    available_bytes: int = GIB,
+    memory_bytes: int | None = None,
+    max_num_seqs: int = 4,
+    **options: Any,
+) -> MemoryPlan:
+    config = EngineConfig(
+        model=ModelConfig(path="/model", **options),
+        cache=CacheConfig(memory_bytes=memory_bytes),
+        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
+    )
+    spec = spec or model()
+    return plan_memory(spec, config, eos_token_ids=(2, 7), available_bytes=available_bytes)
+
+
+def test_pool_holds_every_row_at_full_length_if_there_is_memory() -> None:
+    layout = plan().layout
+    assert layout.num_pages == 1 + 4 * LONGEST
+    assert layout.kv_bytes == layout.num_pages * PAGE_BYTES
+    assert layout.num_rows == 5
+    assert layout.max_model_len == 1000
+    assert layout.page_size == 16
+    assert layout.vocab_size == 50
+    assert layout.eos_token_ids == (2, 7)
+
+
+def test_pool_takes_at_most_a_quarter_of_what_the_weights_leave() -> None:
+    available = 8 * LONGEST * PAGE_BYTES
+    weights = plan().weights.num_bytes
+    layout = plan(available_bytes=available).layout
+    assert layout.num_pages == int((available - weights) * 0.25) // PAGE_BYTES
+    assert 1 + LONGEST <= layout.num_pages < 1 + 4 * LONGEST
+
+
+def test_pool_is_as_large_as_asked_for() -> None:
+    assert plan(memory_bytes=100 * PAGE_BYTES + 1).layout.num_pages == 100
+    assert plan(memory_bytes=1000 * PAGE_BYTES).layout.num_pages == 1000
+
+
+def test_regions() -> None:
+    memory = plan()
+    pages, dtype = memory.layout.num_pages, "float32"
+    assert [(a.path, a.shape, a.dtype) for a in memory.weights.arrays] == [
+        ("embed", (50, 16), dtype),
+        ("norm", (16,), dtype),
+    ]
+    assert [(a.path, a.shape, a.dtype) for a in memory.state.arrays] == [
+        ("layers/0/k_pages", (pages, 2, 16, 8), dtype),
+        ("layers/0/v_pages", (pages, 2, 16, 8), dtype),
+        ("layers/1/k_pages", (pages, 2, 16, 8), dtype),
+        ("layers/1/v_pages", (pages, 2, 16, 8), dtype),
+        ("layers/2/k_pages", (pages, 2, 16, 8), dtype),
+        ("layers/2/v_pages", (pages, 2, 16, 8), dtype),
+        ("tokens", (5, 1001), "int32"),
+    ]
+    assert memory.state.writable
+    assert not memory.weights.writable
+    for region in (memory.weights, memory.state):
+        check(region)
+
+
+def test_dtype() -> None:
+    half = plan(dtype="bfloat16")
+    assert half.layout.dtype == "bfloat16"
+    assert {a.dtype for a in half.state.arrays} == {"bfloat16", "int32"}
+    assert half.layout.kv_bytes == half.layout.num_pages * PAGE_BYTES // 2
+    assert plan(dtype="auto").layout.dtype == "float32"  # the checkpoint's is bfloat16
+
+
+def test_max_model_len() -> None:
+    assert plan(max_model_len=20).layout.max_model_len == 20
+    with pytest.raises(StartupError, match="max_model_len is 1001; allowed: 2 to 1000"):
+        plan(max_model_len=1001)
+
+
+def test_request_of_full_length_must_fit() -> None:
+    least = (1 + LONGEST) * PAGE_BYTES
+    assert plan(memory_bytes=least).layout.num_pages == 1 + LONGEST
+    match = f"holds 992 tokens, fewer .* 1000: .* kv_cache_memory_bytes to at least {least}"
+    with pytest.raises(StartupError, match=match):
+        plan(memory_bytes=least - 1)
+    with pytest.raises(StartupError, match="holds 0 tokens"):
+        plan(memory_bytes=1)
+
+
+def test_memory_that_is_not_there() -> None:
+    with pytest.raises(
+        StartupError, match=r"weights need 0\.06 GiB as float32, but only 0\.05 GiB"
+    ):
+        plan(model(vocab_size=10**6), available_bytes=GIB // 20)
+    with pytest.raises(StartupError, match=r"lower kv_cache_memory_bytes"):
+        plan(memory_bytes=GIB)
+
+
+@given(
+    available_bytes=st.integers(0, GIB),
+    memory_bytes=st.none() | st.integers(1, GIB),
+    max_num_seqs=st.integers(1, 64),
+    max_model_len=st.none() | st.integers(2, 1000),
+)
+def test_what_is_planned_fits(
+    available_bytes: int,
+    memory_bytes: int | None,
+    max_num_seqs: int,
+    max_model_len: int | None,
+) -> None:
+    try:
+        memory = plan(
+            available_bytes=available_bytes,
+            memory_bytes=memory_bytes,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+    except StartupError:
+        return
+    layout = memory.layout
+    assert memory.weights.num_bytes + memory.state.num_bytes <= available_bytes
+    assert (layout.num_pages - 1) * layout.page_size >= layout.max_model_len
+    if memory_bytes is None:
+        assert layout.num_pages - 1 <= max_num_seqs * math.ceil(layout.max_model_len / 16)
+    else:
+        assert memory_bytes - PAGE_BYTES < layout.kv_bytes <= memory_bytes
