@@ -50,27 +50,27 @@ def history(*rows, length=600):
     return jnp.asarray(tokens)
 
 
-def tiny_spec(**changes):
-    """Two Llama layers, small enough to compile in a second."""
-    return parse_spec(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 96,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 96,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": True,
-            "torch_dtype": "float32",
-        }
-        | changes
-    )
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 96,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+"""config.json of two Llama layers, small enough to compile in a second."""
+
+
+def tiny_spec():
+    return parse_spec(TINY_CONFIG)
 
 
 def tiny_layout(spec, *, num_pages=40, num_rows=9):
@@ -99,6 +99,33 @@ def tiny_model():
         return jnp.asarray(rng.normal(size=leaf.shape).astype(np.float32) * scale)
 
     return spec, graphdef, jax.tree.map(fill, abstract)
+
+
+@jax.jit
+def dense_logits(token_ids):
+    """The tiny model's next-token logits at every position, with plain causal attention."""
+    spec, graphdef, params = tiny_model()
+
+    def attend(q, k, v, cache, window):
+        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+        scores = jnp.einsum("tnh,snh->nts", q, k) * q.shape[-1] ** -0.5
+        visible = jnp.tri(len(q), dtype=bool)[None]
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("nts,snh->tnh", weights, v), cache
+
+    model = module.merge(graphdef, params)
+    positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+    hidden, _ = model(token_ids, positions, [{}] * spec.num_layers, attend)
+    return model.logits(hidden)
+
+
+def dense_greedy(prompt, num_tokens):
+    """What the tiny model generates."""
+    token_ids = np.zeros(tiny_spec().max_model_len, np.int32)
+    token_ids[: len(prompt)] = prompt
+    for end in range(len(prompt), len(prompt) + num_tokens):
+        token_ids[end] = np.argmax(dense_logits(jnp.asarray(token_ids))[end - 1])
+    return token_ids[len(prompt) : len(prompt) + num_tokens].tolist()
 
 
 def abstract_state(spec, layout):

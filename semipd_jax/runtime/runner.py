@@ -53,10 +53,12 @@ class PendingStep:
 class StepRunner:
     """One phase's programs, the parameters, and the state that they hand on.
 
+    Every program has run once, on padding, which writes nothing.
+
     Args:
       params: parameter tree over shared memory.
       state: arrays over shared memory; this object owns them from now on.
-      on_compiled: called after each compiled bucket with its position and the bucket.
+      on_progress: told how many buckets are ready, from 0 to all.
     """
 
     def __init__(
@@ -68,32 +70,45 @@ class StepRunner:
         buckets: tuple[Bucket, ...],
         *,
         platform: Platform,
-        on_compiled: Callable[[int, Bucket], None] = lambda *_: None,
+        on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._pack = STEP_KINDS[phase].pack
+        self._buckets = buckets
         self._params = jax.tree.leaves(params)
         self._state = state
         self._addresses = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
         self._programs: dict[Bucket, Any] = {}
         self._no_bias: dict[Bucket, Array] = {}
-        for i, bucket in enumerate(buckets):
-            self._programs[bucket] = compile_step(phase, graphdef, params, state, bucket, platform)
+        on_progress(0)
+        for bucket in buckets:
+            program = compile_step(phase, graphdef, params, state, bucket, platform)
+            self._programs[bucket] = program
             self._no_bias[bucket] = jax.device_put(pack_bias(None, bucket))
-            on_compiled(i, bucket)
+            on_progress(len(self._programs))
+        for bucket in buckets:
+            padding = STEP_KINDS[phase].packing(bucket).padding
+            jax.block_until_ready(self._execute(bucket, padding, self._no_bias[bucket]))
 
     def dispatch(self, step: Step) -> PendingStep:
-        """Starts a step and returns at once. Raises ValueError if no bucket holds the step, and
-        SharingError if the state left shared memory; both are the end of this runner."""
+        """Starts a step and returns at once.
+
+        Raises ValueError if no bucket holds the step, and SharingError if the state left shared
+        memory; both are the end of this runner.
+        """
         num_rows = len(step.rows) // 4
         num_tokens = len(step.token_ids) // 4 if isinstance(step, PrefillStep) else num_rows
-        bucket = choose(tuple(self._programs), num_tokens, num_rows)
+        bucket = choose(self._buckets, num_tokens, num_rows)
         packed = self._pack(step, bucket)
         bias = self._no_bias[bucket] if step.bias is None else pack_bias(step.bias, bucket)
         started_s = time.monotonic()
+        output = self._execute(bucket, packed, bias)
+        return PendingStep(step.step_id, num_rows, _wants_logprobs(step), output, started_s)
+
+    def _execute(self, bucket: Bucket, packed: np.ndarray, bias: np.ndarray | Array) -> StepOutput:
         output, self._state = self._programs[bucket](self._params, self._state, packed, bias)
         for array, address in zip(jax.tree.leaves(self._state), self._addresses, strict=True):
             check_result(array, address)
-        return PendingStep(step.step_id, num_rows, _wants_logprobs(step), output, started_s)
+        return output
 
 
 def _wants_logprobs(step: Step) -> bool:

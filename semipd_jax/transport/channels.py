@@ -119,13 +119,13 @@ class AsyncLink[Incoming, Outgoing]:
 
 
 class Poller:
-    """Waits for hubs and file descriptors."""
+    """Waits for hubs, links and file descriptors."""
 
     def __init__(self) -> None:
         self._poller = zmq.Poller()
 
-    def add(self, source: "Hub[Any, Any] | int") -> None:
-        self._poller.register(source._socket if isinstance(source, Hub) else source, zmq.POLLIN)
+    def add(self, source: "Hub[Any, Any] | Link[Any, Any] | int") -> None:
+        self._poller.register(source if isinstance(source, int) else source._socket, zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> None:
         self._poller.poll(int(timeout_s * 1000))

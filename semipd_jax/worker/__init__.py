@@ -1,0 +1,1 @@
+"""The worker process: maps the memory, compiles its phase's steps, runs what it is told."""

@@ -14,13 +14,13 @@ from step_cases import (
     abstract_state,
     columns,
     decode_message,
+    dense_greedy,
     prefill_message,
     tiny_layout,
     tiny_model,
     zero_state,
 )
 
-from semipd_jax.models import module
 from semipd_jax.runtime import batch
 from semipd_jax.runtime.buckets import Bucket, decode_buckets
 from semipd_jax.runtime.compile import compile_step
@@ -53,31 +53,6 @@ def _run(phase, bucket, state, packed):
 
 def copy(state):
     return jax.tree.map(lambda a: jnp.asarray(np.array(a)), state)
-
-
-@jax.jit
-def dense_logits(token_ids):
-    """Next-token logits at every position, with plain causal attention."""
-
-    def attend(q, k, v, cache, window):
-        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
-        scores = jnp.einsum("tnh,snh->nts", q, k) * q.shape[-1] ** -0.5
-        visible = jnp.tri(len(q), dtype=bool)[None]
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        return jnp.einsum("nts,snh->tnh", weights, v), cache
-
-    model = module.merge(GRAPHDEF, PARAMS)
-    positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-    hidden, _ = model(token_ids, positions, [{}] * SPEC.num_layers, attend)
-    return model.logits(hidden)
-
-
-def dense_greedy(prompt, num_tokens):
-    token_ids = np.zeros(SPEC.max_model_len, np.int32)
-    token_ids[: len(prompt)] = prompt
-    for end in range(len(prompt), len(prompt) + num_tokens):
-        token_ids[end] = np.argmax(dense_logits(jnp.asarray(token_ids))[end - 1])
-    return token_ids[len(prompt) : len(prompt) + num_tokens].tolist()
 
 
 class Request:

@@ -1,0 +1,42 @@
+"""`python -m semipd_jax.worker`: a child process of the launcher."""
+
+import gc
+import logging
+from typing import Final
+
+from semipd_jax.child import Child, run_child
+from semipd_jax.errors import StartupError
+from semipd_jax.messages import FromWorker, ToWorker, WorkerReady
+from semipd_jax.shares import backend as shares
+from semipd_jax.transport.channels import WORKERS, Link
+
+_MAP_TIMEOUT_S: Final = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+def main(child: Child) -> None:
+    spec = child.spec
+    worker_id = spec.extra.get("worker_id")
+    if spec.layout is None or spec.phase is None or spec.share is None or worker_id is None:
+        raise StartupError("a worker needs a memory layout, a phase, a share and a worker_id")
+    grant = shares.apply(spec.config.platform, spec.share, spec.phase)
+    from semipd_jax.worker import loop, setup  # they start jax, which must see the share
+
+    setup.configure_jax(spec.config)
+    runner, compiles = setup.build_runner(
+        child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S
+    )
+    _log.info("runs on %s", grant.verify())
+    gc.collect()
+    gc.freeze()  # what start-up made lives on: no collection has to look at it again
+
+    link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
+    link.send(WorkerReady(worker_id, spec.phase, spec.share))
+    child.ready()
+    loop.serve(child, link, runner, compiles, worker_id)
+    link.close()
+
+
+if __name__ == "__main__":
+    run_child(main)

@@ -1,0 +1,84 @@
+"""From shared memory and a model directory to compiled steps."""
+
+from typing import Any
+
+import jax
+
+from semipd_jax.child import Child
+from semipd_jax.config import EngineConfig
+from semipd_jax.errors import StartupError
+from semipd_jax.messages import MemoryLayout, Phase
+from semipd_jax.models import module
+from semipd_jax.models.registry import load_spec
+from semipd_jax.runtime.buckets import Bucket, decode_buckets, prefill_buckets
+from semipd_jax.runtime.compile import CompileCounter, enable_cache
+from semipd_jax.runtime.runner import StepRunner
+from semipd_jax.runtime.state import SharedState
+from semipd_jax.storage.arrays import region_arrays
+from semipd_jax.storage.manifest import STATE, WEIGHTS
+from semipd_jax.storage.mapping import map_regions
+
+
+def configure_jax(config: EngineConfig) -> None:
+    jax.config.update("jax_platforms", config.platform)
+    enable_cache(config.compile_cache_dir)
+
+
+def build_runner(
+    child: Child, layout: MemoryLayout, phase: Phase, *, map_timeout_s: float
+) -> tuple[StepRunner, CompileCounter]:
+    """Maps the memory and compiles every bucket of the phase, reporting progress.
+
+    Returns the runner and a counter of whatever is compiled from now on.
+    """
+    config = child.spec.config
+    child.progress("map", 0, 1)
+    mapped = map_regions(child.spec.run_dir, config.platform, map_timeout_s)
+    spec = load_spec(config.model.path)
+    graphdef, expected = module.abstract_params(spec, layout.dtype)
+    params = module.nest(region_arrays(mapped[WEIGHTS]))
+    _check_params(params, expected)
+    state = module.nest(region_arrays(mapped[STATE]))
+    layers = [state["layers"][i] for i in range(spec.num_layers)]
+    buckets = _buckets(config, layout, phase)
+
+    def report(num_compiled: int) -> None:
+        bucket = buckets[min(num_compiled, len(buckets) - 1)]
+        detail = f"{bucket.num_tokens} tokens in {bucket.num_rows} rows"
+        child.progress("compile", num_compiled, len(buckets), detail)
+
+    runner = StepRunner(
+        phase,
+        graphdef,
+        params,
+        SharedState(layers=layers, tokens=state["tokens"]),
+        buckets,
+        platform=config.platform,
+        on_progress=report,
+    )
+    return runner, CompileCounter()
+
+
+def _buckets(config: EngineConfig, layout: MemoryLayout, phase: Phase) -> tuple[Bucket, ...]:
+    limits = config.scheduler
+    if phase == "decode":
+        return decode_buckets(layout, limits.max_num_seqs)
+    return prefill_buckets(layout, limits.max_num_seqs, limits.max_num_batched_tokens)
+
+
+def _check_params(params: module.Params, expected: module.Params) -> None:
+    """Raises StartupError if the weights in memory are not the model's."""
+    found, wanted = (
+        {path: (leaf.shape, leaf.dtype.name) for path, leaf in module.flatten(tree).items()}
+        for tree in (params, expected)
+    )
+    if found != wanted:
+        path = min(path for path in found | wanted if found.get(path) != wanted.get(path))
+        raise StartupError(
+            f"weight {path!r} in shared memory is {_or_absent(found.get(path))}; "
+            f"the model has {_or_absent(wanted.get(path))}"
+        )
+
+
+def _or_absent(entry: Any) -> str:
+    return "absent" if entry is None else f"{entry[1]} {entry[0]}"
