@@ -1,0 +1,94 @@
+"""The runner of one phase: every bucket, no compiles, state at its address."""
+
+import jax
+import numpy as np
+import pytest
+from step_cases import (
+    columns,
+    decode_message,
+    int32,
+    prefill_message,
+    tiny_layout,
+    tiny_model,
+    zero_state,
+)
+
+from semipd_jax.messages import LogitBias
+from semipd_jax.runtime.buckets import Bucket
+from semipd_jax.runtime.compile import CompileCounter
+from semipd_jax.runtime.runner import StepRunner
+from semipd_jax.storage.manifest import SharingError
+
+SPEC, GRAPHDEF, PARAMS = tiny_model()
+LAYOUT = tiny_layout(SPEC)
+BUCKETS = {
+    "prefill": (Bucket(16, 1, 7, 8), Bucket(32, 4, 7, 8)),
+    "decode": (Bucket(1, 1, 7, 8), Bucket(4, 4, 7, 8)),
+}
+
+
+@pytest.fixture(scope="module", params=["prefill", "decode"])
+def phase_runner(request):
+    progress = []
+    runner = StepRunner(
+        request.param,
+        GRAPHDEF,
+        PARAMS,
+        zero_state(SPEC, LAYOUT),
+        BUCKETS[request.param],
+        platform="cpu",
+        on_progress=progress.append,
+    )
+    assert progress == [0, 1, 2]
+    return request.param, runner
+
+
+def step_of(phase, num_rows, **kwargs):
+    pages = [[1 + i] for i in range(num_rows)]
+    if phase == "decode":
+        return decode_message([(1 + i, pages[i], 5 + i) for i in range(num_rows)], **kwargs)
+    kwargs.pop("bias", None)
+    return prefill_message(
+        [(1 + i, pages[i], [3] * 7, 0, 3 + i, True) for i in range(num_rows)], **kwargs
+    )
+
+
+EVERYTHING = {
+    "temperature": 0.7,
+    "top_k": 5,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.3,
+    "num_logprobs": 3,
+}
+
+
+def test_no_step_compiles_anything_whatever_its_size_and_features(phase_runner):
+    phase, runner = phase_runner
+    counter = CompileCounter()
+    bias = LogitBias(width=1, token_ids=int32([4] * 3), values=np.ones(3, np.float32).tobytes())
+    for num_rows in (1, 2, 3, 4):
+        table = columns(num_rows, **EVERYTHING)
+        for kwargs in ({}, {"sampling": table}):
+            token_ids, logprobs = runner.dispatch(step_of(phase, num_rows, **kwargs)).wait()
+            assert len(token_ids) == 4 * num_rows
+            assert (logprobs is not None) == bool(kwargs)
+    runner.dispatch(step_of(phase, 3, bias=bias)).wait()
+    assert counter.count == 0
+
+
+def test_steps_may_be_dispatched_before_earlier_ones_end(phase_runner):
+    phase, runner = phase_runner
+    alone = [runner.dispatch(step_of(phase, n)).wait()[0] for n in (1, 2)]
+    queued = [runner.dispatch(step_of(phase, n)) for n in (1, 2)]
+    assert [step.wait()[0] for step in queued] == alone
+
+
+def test_state_that_leaves_its_memory_is_noticed(phase_runner):
+    """A live NumPy view of the state makes XLA copy it instead of writing in place."""
+    phase, runner = phase_runner
+    views = [np.asarray(a) for a in jax.tree.leaves(runner._state)]
+    with pytest.raises(SharingError, match="no longer in the shared region"):
+        runner.dispatch(step_of(phase, 1))
+    assert len(views) == 5
