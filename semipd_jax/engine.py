@@ -1,0 +1,220 @@
+"""The engine as a library: the same processes as behind a server, without the front end.
+
+    with Engine("path/to/model", max_num_seqs=16) as engine:
+        print(engine.generate("def main():", max_tokens=32).text)
+
+An engine owns its processes and nothing else: no signal handlers, no global state, several engines
+in one program. Options are those of `python -m semipd_jax.serve`, by the same names.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from semipd_jax.client import EngineClient, Prompt
+from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
+from semipd_jax.launch.launcher import Launcher
+from semipd_jax.messages import MemoryLayout, Stats
+from semipd_jax.options import build_config
+from semipd_jax.request import Delta, Event, Finished, FinishReason, TokenLogprob, Usage
+
+_CALL_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Everything that a request brought."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    reason: FinishReason
+    matched_stop: str | int | None
+    usage: Usage
+
+
+class AsyncEngine:
+    """An engine on the caller's event loop.
+
+    Args:
+      model: model directory, in Hugging Face or Orbax format.
+      options: see `semipd_jax.options.OPTIONS`.
+
+    Raises:
+      ConfigError: an option is unknown or its value is not allowed.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._config = build_config(model, **options)
+        self._launcher: Launcher | None = None
+        self._client: EngineClient | None = None
+        self._layout: MemoryLayout | None = None
+
+    @property
+    def layout(self) -> MemoryLayout:
+        """Sizes of the running engine."""
+        if self._layout is None:
+            raise UnavailableError("the engine is not running")
+        return self._layout
+
+    async def start(self) -> None:
+        """Returns when every process is ready; raises the EngineError that prevented it."""
+        loop = asyncio.get_running_loop()
+        launcher = Launcher(
+            self._config,
+            on_failure=lambda error: loop.call_soon_threadsafe(self._lost, error),
+        )
+        self._launcher = launcher
+        try:
+            self._layout = await asyncio.to_thread(launcher.start)
+            self._client = await EngineClient.connect(
+                launcher.run_dir, self._layout, self._config.model
+            )
+        except BaseException:
+            await asyncio.to_thread(launcher.stop)
+            raise
+
+    async def stop(self) -> None:
+        """Ends what runs and every process. Safe to call twice."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        if self._launcher is not None:
+            await asyncio.to_thread(self._launcher.stop)
+            self._launcher = None
+        self._layout = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    def generate(
+        self, prompt: Prompt, *, request_id: str | None = None, **sampling: Any
+    ) -> AsyncGenerator[Event]:
+        """Streams Started, Deltas, Finished. Closing the generator ends the request.
+
+        Args:
+          prompt: text, token ids, or chat messages ({"role": …, "content": …}).
+          sampling: fields of `request.SamplingParams`; absent ones are the model's defaults.
+
+        Raises (while iterating):
+          InvalidRequestError, DuplicateRequestError, OverloadedError, UnavailableError,
+          RequestFailedError.
+        """
+        return self._running().generate(prompt, sampling, request_id=request_id)
+
+    async def complete(self, prompt: Prompt, **sampling: Any) -> Generation:
+        """Generates to the end."""
+        async with aclosing(self.generate(prompt, **sampling)) as events:
+            return collect([event async for event in events])
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; raises RequestNotFoundError if it is not running."""
+        await self._running().abort(request_id)
+
+    async def stats(self) -> Stats:
+        return await self._running().stats()
+
+    def _running(self) -> EngineClient:
+        if self._client is None:
+            raise UnavailableError("the engine is not running")
+        return self._client
+
+    def _lost(self, error: EngineError) -> None:
+        if self._client is not None:
+            self._client.connection_lost(error)
+
+
+class Engine:
+    """An engine for programs without an event loop; it keeps one in a thread of its own.
+
+    Starts at once. Use it in a `with` statement, or call `stop`.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._engine = AsyncEngine(model, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="semipd engine", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._run(self._engine.start(), timeout_s=None)
+        except BaseException:
+            self._end_loop()
+            raise
+
+    @property
+    def layout(self) -> MemoryLayout:
+        """Sizes of the running engine."""
+        return self._engine.layout
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> Generation:
+        """Generates to the end. See `AsyncEngine.generate`."""
+        return self._run(self._engine.complete(prompt, **sampling), timeout_s=None)
+
+    def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generates for all prompts at the same time; results are in the order of the prompts."""
+
+        async def all_of_them() -> list[Generation]:
+            tasks = (self._engine.complete(prompt, **sampling) for prompt in prompts)
+            return await asyncio.gather(*tasks)
+
+        return self._run(all_of_them(), timeout_s=None)
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Event]:
+        """Yields events as they come. Closing the iterator ends the request."""
+        events = self._engine.generate(prompt, **sampling)
+        try:
+            while (event := self._run(anext(events, None), timeout_s=None)) is not None:
+                yield event
+        finally:
+            self._run(events.aclose(), timeout_s=_CALL_TIMEOUT_S)
+
+    def stats(self) -> Stats:
+        return self._run(self._engine.stats(), timeout_s=_CALL_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Ends what runs and every process. Safe to call twice."""
+        if not self._loop.is_closed():
+            self._run(self._engine.stop(), timeout_s=_CALL_TIMEOUT_S)
+            self._end_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _run(self, awaitable: Any, *, timeout_s: float | None) -> Any:
+        async def run() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout_s)
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CALL_TIMEOUT_S)
+        self._loop.close()
+
+
+def collect(events: Sequence[Event]) -> Generation:
+    """All events of one request as one result."""
+    deltas = [event for event in events if isinstance(event, Delta)]
+    last = events[-1] if events else None
+    if not isinstance(last, Finished):
+        raise RequestFailedError("the stream ended without a Finished event")
+    return Generation(
+        token_ids=tuple(t for delta in deltas for t in delta.token_ids),
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(p for delta in deltas for p in delta.logprobs),
+        reason=last.reason,
+        matched_stop=last.matched_stop,
+        usage=last.usage,
+    )
