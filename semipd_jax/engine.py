@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from semipd_jax.client import EngineClient, Prompt
 from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
@@ -87,7 +87,7 @@ class AsyncEngine:
             self._launcher = None
         self._layout = None
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncEngine":
         await self.start()
         return self
 
@@ -186,7 +186,7 @@ class Engine:
             self._run(self._engine.stop(), timeout_s=_CALL_TIMEOUT_S)
             self._end_loop()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:

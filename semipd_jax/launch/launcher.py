@@ -93,8 +93,8 @@ class Launcher:
         *,
         front_end: FrontEnd | None = None,
         modules: Modules | None = None,
-        on_failure: Callable[[EngineError], None] = lambda _: None,
-        on_progress: Callable[[str, Progress], None] = lambda _name, _progress: None,
+        on_failure: Callable[[EngineError], object] = lambda _: None,
+        on_progress: Callable[[str, Progress], object] = lambda _name, _progress: None,
     ) -> None:
         self._config = config
         self._front_end_spec = front_end
