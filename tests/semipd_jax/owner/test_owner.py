@@ -214,7 +214,9 @@ def test_serves_any_number_of_processes_and_survives_their_death(
         assert subprocess.run(argv, timeout=20, check=False).returncode == -signal.SIGKILL
         regions = map_regions(run_dir, "cpu", 10.0)
         assert host_view(regions["state"], "tokens")[0, 0] == 0x01010101
-        assert owner.num_fds() == num_fds
+        deadline = time.monotonic() + 10
+        while owner.num_fds() > num_fds:  # the last connection may not be closed yet
+            assert time.monotonic() < deadline
 
 
 def test_mapping_outlives_a_killed_owner(config: EngineConfig, run_dir: str) -> None:
