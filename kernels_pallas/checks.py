@@ -21,7 +21,7 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 def require_array(name: str, array: Array, shape: tuple[int | None, ...], *dtypes: str) -> None:
-    """Raises ValueError for another shape than `shape` (None: any size), TypeError for the dtype."""
+    """Raises ValueError unless the shape fits (None: any size), TypeError for another dtype."""
     fits = array.ndim == len(shape) and all(
         want in (None, size) for want, size in zip(shape, array.shape, strict=True)
     )
@@ -42,9 +42,14 @@ def require_queries(q: Array, k_pages: Array) -> None:
     """q is [rows, N, H] in the pages' dtype, and N is a multiple of their K."""
     kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     require_array("q", q, (None, None, head_dim), k_pages.dtype.name)
+    require(q.size > 0, "q.shape", q.shape, "no dimension of size 0")
     heads = q.shape[1]
-    ok = heads > 0 and heads % kv_heads == 0
-    require(ok, "number of query heads (q.shape[1])", heads, f"a multiple of {kv_heads}")
+    require(
+        heads % kv_heads == 0,
+        "query heads (q.shape[1])",
+        heads,
+        f"multiples of {kv_heads} kv heads",
+    )
 
 
 def require_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:

@@ -1,8 +1,28 @@
-"""Paged decode attention in plain JAX: one pass over blocks of keys with an online softmax."""
+"""Paged decode attention in plain JAX, for serving on a CPU.
+
+Contexts are cut into blocks of keys. The blocks of all rows, one after another, are dealt out in
+equal runs to a few lanes, and each iteration attends one block of every lane: the work grows with
+the sum of the contexts, whatever the longest one is and however many rows are padding. Each lane
+keeps a running softmax and starts a new part at each new row. Rows and lanes both ascend, so
+`row + lane` numbers the parts without a clash; in the end each row's parts are merged.
+"""
+
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.blocks import Softmax, logits_of, take
+from kernels_pallas.merge_attention.reference import merge_attention
+
+BLOCK: Final = 64
+"""Keys in a block, rounded to whole pages."""
+
+MAX_LANES: Final = 8
+
+MAX_BYTES: Final = 3 * 2**18
+"""Of keys that an iteration reads: these and the values then fit a core's L2 cache."""
 
 
 def paged_decode_attention(
@@ -19,34 +39,48 @@ def paged_decode_attention(
     """See `kernels_pallas.paged_decode_attention.paged_decode_attention`."""
     B, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
-    queries = q.reshape(B, K, N // K, H)
+    pages = max(1, BLOCK // page_size)
+    block = pages * page_size
+    lanes = jnp.arange(max(1, min(MAX_LANES, MAX_BYTES // (4 * K * block * H))), dtype=jnp.int32)
+    num_lanes = lanes.size
 
-    def attend_page(j, carry):
-        highest, total, acc = carry
-        page_ids = jax.lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
-        k, v = k_pages[page_ids], v_pages[page_ids]  # [B, K, page, H]
-        logits = scale * jnp.einsum("bkgh,bksh->bkgs", queries, k, preferred_element_type="float32")
-        if soft_cap is not None:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
-        from_end = context_lens[:, None] - (j * page_size + jnp.arange(page_size))[None, :]
-        visible = from_end > 0 if window is None else (from_end > 0) & (from_end <= window)
-        visible = visible[:, None, None, :]
-        logits = jnp.where(visible, logits, -jnp.inf)
-        new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
-        shift = jnp.where(jnp.isneginf(new_highest), 0.0, new_highest)
-        weights = jnp.exp(logits - shift[..., None])
-        keep = jnp.exp(highest - shift)
-        update = jnp.einsum("bkgs,bksh->bkgh", weights, v.astype("float32"))
-        return (
-            new_highest,
-            keep * total + jnp.sum(weights, axis=-1),
-            keep[..., None] * acc + update,
-        )
+    first_visible = jnp.zeros_like(context_lens)
+    if window is not None:
+        first_visible = jnp.maximum(context_lens - window, 0)
+    first_block = first_visible // block
+    ends = jnp.cumsum(-(-context_lens // block) - first_block)
+    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    run = -(-ends[-1] // num_lanes)
+    queries = (scale * q.astype(jnp.float32)).reshape(B, K, N // K, H)
 
-    rows = (B, K, N // K)
-    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, H)))
-    num_pages = -(-jnp.max(context_lens, initial=0) // page_size)
-    highest, total, acc = jax.lax.fori_loop(0, num_pages, attend_page, start)
-    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-    out = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
-    return out.reshape(q.shape).astype(q.dtype), (jnp.log(total) + shift).reshape(B, N)
+    def attend_blocks(i, carry):
+        parts, part = carry
+        index = jnp.minimum(lanes * run + i, ends[-1])
+        row = jnp.searchsorted(ends, index, side="right", method="compare_all")
+        row = jnp.minimum(row.astype(jnp.int32), B - 1)
+        is_new = (i == 0) | (index == starts[row])
+        part = part.restart(is_new)
+
+        blocks = first_block[row] + index - starts[row]
+        keys = blocks[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
+        visible = (keys < context_lens[row][:, None]) & (keys >= first_visible[row][:, None])
+        columns = blocks[:, None] * pages + jnp.arange(pages, dtype=jnp.int32)[None]
+        page_ids = page_table[row[:, None], jnp.minimum(columns, page_table.shape[1] - 1)]
+        lane_queries = jax.lax.optimization_barrier(queries[row])
+        logits = logits_of(lane_queries, take(k_pages, page_ids), visible[:, None], soft_cap)
+        part = part.add(logits, take(v_pages, page_ids))
+        for lane in range(num_lanes):
+            parts = parts.put(row[lane] + lane, part, lane)
+        return parts, part
+
+    parts = Softmax.empty(B + num_lanes, K, N // K, H)
+    part = Softmax.empty(num_lanes, K, N // K, H)
+    parts, _ = jax.lax.fori_loop(0, run, attend_blocks, (parts, part))
+    outs, lses = parts.finish()
+    run_starts = (lanes * run)[:, None]
+    is_part = jnp.maximum(starts[None], run_starts) < jnp.minimum(ends[None], run_starts + run)
+    lses = jnp.stack([lses[lane : lane + B] for lane in range(num_lanes)])
+    lses = jnp.where(is_part[..., None, None], lses, -jnp.inf)
+    outs = jnp.stack([outs[lane : lane + B] for lane in range(num_lanes)])
+    out, lse = merge_attention(outs, lses)
+    return out.reshape(B, N, H).astype(q.dtype), lse.reshape(B, N)

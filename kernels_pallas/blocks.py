@@ -1,0 +1,131 @@
+"""Attention over blocks of paged keys in plain JAX, written for XLA:CPU.
+
+A block is a few pages of one row. The functions take W blocks at once: keys and values are
+[W, K, pages, page_size, H], queries [W, K, G, H], where G queries share a kv head.
+"""
+
+from typing import Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+LOWEST: Final = -1e30
+"""Logit of a key that is not visible: finite, so that no NaN can come of it."""
+
+LANES: Final = 32
+"""Width of partial sums over H: LLVM unrolls a shorter loop and then fails to vectorise it."""
+
+ROWS: Final = 8
+"""Values added up in one pass: with more, XLA does not fuse the sum with the gather."""
+
+
+class Softmax(NamedTuple):
+    """Attention over the blocks seen so far (online softmax, arXiv 1805.02867).
+
+    Attributes:
+      highest: largest logit.
+      total: Σ exp(logit - highest).
+      acc: Σ exp(logit - highest) · value.
+    """
+
+    highest: Float32[Array, "W K G"]
+    total: Float32[Array, "W K G"]
+    acc: Float32[Array, "W K G H"]
+
+    @staticmethod
+    def empty(*shape: int) -> "Softmax":
+        """Nothing seen yet; `shape` is (W, K, G, H)."""
+        return Softmax(jnp.full(shape[:-1], LOWEST), jnp.zeros(shape[:-1]), jnp.zeros(shape))
+
+    def add(
+        self, logits: Float32[Array, "W K G S"], v: Float32[Array, "W K n page H"]
+    ) -> "Softmax":
+        """Also attends to one more block of keys with these logits and values."""
+        highest = jnp.maximum(self.highest, jnp.max(logits, axis=-1))
+        keep = jnp.exp(self.highest - highest)
+        # Without the barrier XLA recomputes the exponentials for each of their uses.
+        weights = jax.lax.optimization_barrier(jnp.exp(logits - highest[..., None]))
+        total = keep * self.total + jnp.sum(weights, axis=-1)
+        return Softmax(highest, total, keep[..., None] * self.acc + dot_values(weights, v))
+
+    def restart(self, where: Bool[Array, " W"]) -> "Softmax":
+        """Forgets what was seen, in the blocks that `where` tells."""
+        where = where[:, None, None]
+        return Softmax(
+            jnp.where(where, LOWEST, self.highest),
+            jnp.where(where, 0.0, self.total),
+            jnp.where(where[..., None], 0.0, self.acc),
+        )
+
+    def put(self, index: Int32[Array, ""], other: "Softmax", block: int) -> "Softmax":
+        """With entry `block` of `other` as entry `index`."""
+        return Softmax(
+            *(
+                jax.lax.dynamic_update_index_in_dim(mine, theirs[block], index, axis=0)
+                for mine, theirs in zip(self, other, strict=True)
+            )
+        )
+
+    def finish(self) -> tuple[Float32[Array, "W K G H"], Float32[Array, "W K G"]]:
+        """(out, lse) of attention over everything that was added."""
+        total = jnp.where(self.total == 0.0, 1.0, self.total)
+        return self.acc / total[..., None], jnp.log(total) + self.highest
+
+
+def take(
+    pages: Float[Array, "P K page H"], page_ids: Int32[Array, "W n"]
+) -> Float32[Array, "W K n page H"]:
+    """The pages of W blocks, kv heads first, gathered (page, kv head) tile by tile."""
+    num_pages, kv_heads, page_size, head_dim = pages.shape
+    tiles = pages.reshape(num_pages * kv_heads, page_size, head_dim)
+    heads = jnp.arange(kv_heads, dtype=jnp.int32)
+    indices = page_ids[:, None, :] * kv_heads + heads[None, :, None]
+    # Indices computed inside the gather's inner loop would keep it from being vectorised.
+    indices = jax.lax.optimization_barrier(indices)
+    return tiles.at[indices].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
+def logits_of(
+    q: Float32[Array, "W K G H"],
+    k: Float32[Array, "W K n page H"],
+    visible: Bool[Array, "W G S"],
+    soft_cap: float | None,
+) -> Float32[Array, "W K G S"]:
+    """Logits of scaled queries for all keys of their blocks."""
+    logits = dot_keys(q, k)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return jnp.where(visible[:, None], logits, LOWEST)
+
+
+def dot_keys(
+    q: Float32[Array, "W K G H"], k: Float32[Array, "W K n page H"]
+) -> Float32[Array, "W K G S"]:
+    """q · k for all keys of each block."""
+    W, K, G, H = q.shape
+    if G > 1:
+        return jnp.einsum("wkgh,wksh->wkgs", q, k.reshape(W, K, -1, H))
+    # With one query per key XLA fuses the products with the gather: the keys are never copied.
+    width = _divisor(H, LANES)
+    products = [q[..., None, i : i + width] * k[..., i : i + width] for i in range(0, H, width)]
+    return jnp.sum(jax.lax.optimization_barrier(sum(products)), axis=-1).reshape(W, K, G, -1)
+
+
+def dot_values(
+    weights: Float32[Array, "W K G S"], v: Float32[Array, "W K n page H"]
+) -> Float32[Array, "W K G H"]:
+    """Σ weight · value over the keys of each block."""
+    W, K, G, _ = weights.shape
+    page_size, H = v.shape[-2:]
+    if G > 1:
+        return jnp.einsum("wkgs,wksh->wkgh", weights, v.reshape(W, K, -1, H))
+    rows = _divisor(page_size, ROWS)
+    weights = weights.reshape(W, K, -1, rows)
+    v = v.reshape(W, K, -1, rows, H)
+    sums = sum(weights[..., i, None] * v[..., i, :] for i in range(rows))
+    return jnp.sum(jax.lax.optimization_barrier(sums), axis=2)[:, :, None]
+
+
+def _divisor(n: int, most: int) -> int:
+    return max(d for d in range(1, most + 1) if n % d == 0)
