@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 _ROOT = Path(__file__).parent.parent
@@ -32,6 +33,11 @@ def header(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lowest, median and highest."""
+    return min(values), median(values), max(values)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,0 +1,208 @@
+"""Everything around the model: coordinator, front end and client, with workers that only answer.
+
+    python -m benchmarks.control_plane
+
+1. The coordinator alone, in this process: time for each decode step.
+2. Real processes, one client process with many streams over gRPC, once with workers that answer at
+   once and once with workers that pace the load. At once, tokens outrun the front end, which merges
+   what has not been sent: that is the most the chain can carry. Paced, nearly
+   every token should travel as a message of its own, and on time.
+
+The memory owner is the real one, with a tiny random model.
+"""
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import arrivals, checkpoint, common, workload
+from benchmarks.coordinator_step import step_times_s
+from benchmarks.fake_worker import STEP_S
+from benchmarks.load import run_load
+from benchmarks.metrics import OK, Distribution, RequestRecord, distribution_ms, itl_s
+from benchmarks.processes import cpu_seconds
+from benchmarks.semipd import sender, wait_until_ready
+from semipd_jax import options
+from semipd_jax.launch.launcher import FrontEnd, Launcher, Modules
+from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
+from semipd_jax.transport.channels import CLIENTS, Link
+from semipd_server.client import AsyncClient
+
+_STEP_ROWS: Final = (64, 256)
+_STEPS: Final = 1000
+_CONTEXT_LEN: Final = 1024
+_INPUT_LEN: Final = 32
+_TIMEOUT_S: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One repetition through real processes.
+
+    Attributes:
+      tokens_per_message: above 1 where tokens were merged on their way.
+      coordinator_step_ms: mean time from a worker's reply to the last message it caused.
+      cpu_us_per_token: by process; unlike the rates, hardly disturbed by other programs.
+    """
+
+    tokens_per_s: float
+    tokens_per_message: float
+    decode_steps_per_s: float
+    itl_p99_ms: float
+    coordinator_step_ms: float
+    cpu_us_per_token: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    result = common.header(vars(args))
+    result["coordinator_step_ms"] = _measure_coordinator()
+    for name, step_s in (
+        ("workers answer at once", 0.0),
+        (f"workers paced at {args.rate:,.0f} tokens/s", args.streams / args.rate),
+    ):
+        runs = _measure_processes(args, step_s)
+        print(f"\n{name}: {args.streams} streams, {args.repeat} repetitions")
+        _print_runs(runs)
+        result[name] = [asdict(run) for run in runs]
+    if args.json:
+        common.write_json(args.json, result)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.control_plane",
+        description="Measure everything around the model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--streams", type=int, default=64, help="requests at the same time")
+    parser.add_argument("--output-len", type=int, default=512, help="tokens of each stream")
+    parser.add_argument("--rate", type=float, default=12_000, help="tokens/s of paced workers")
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    return parser.parse_args(argv)
+
+
+def _measure_coordinator() -> dict[int, dict[str, Any]]:
+    found: dict[int, Distribution] = {}
+    for rows in _STEP_ROWS:
+        times = step_times_s(num_rows=rows, context_len=_CONTEXT_LEN, num_steps=_STEPS)
+        distribution = distribution_ms(times)
+        assert distribution is not None
+        found[rows] = distribution
+    print(f"coordinator alone: ms for each of {_STEPS} decode steps, context {_CONTEXT_LEN}")
+    rows = [(str(rows), d.mean, d.p50, d.p90, d.p99) for rows, d in found.items()]
+    common.print_table(("rows", "mean", "p50", "p90", "p99"), rows)
+    return {rows: asdict(d) for rows, d in found.items()}
+
+
+def _measure_processes(args: argparse.Namespace, step_s: float) -> list[Run]:
+    os.environ[STEP_S] = str(step_s)  # workers inherit it
+    with _engine(args.streams) as launcher:
+        assert launcher.address is not None
+        wait_until_ready(launcher.address, timeout_s=_TIMEOUT_S)
+        return asyncio.run(_repeat(launcher.address, launcher.run_dir, args))
+
+
+@contextmanager
+def _engine(num_streams: int) -> Iterator[Launcher]:
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.write_metadata(Path(directory), checkpoint.TINY)
+        config = options.build_config(
+            directory,
+            load_format="dummy",
+            kv_cache_memory_bytes=256 << 20,
+            max_num_seqs=num_streams,
+            max_num_batched_tokens=8192,
+        )
+        front_end = FrontEnd(module="semipd_server.main", extra={"host": "127.0.0.1", "port": "0"})
+        modules = Modules(worker="benchmarks.fake_worker")
+        launcher = Launcher(config, front_end=front_end, modules=modules)
+        launcher.start()
+        try:
+            yield launcher
+        finally:
+            launcher.stop()
+
+
+async def _repeat(address: str, run_dir: str, args: argparse.Namespace) -> list[Run]:
+    async with AsyncClient(address) as client:
+        await _run(client, run_dir, args)  # warm-up
+        return [await _run(client, run_dir, args) for _ in range(args.repeat)]
+
+
+async def _run(client: AsyncClient, run_dir: str, args: argparse.Namespace) -> Run:
+    planned = workload.fixed(
+        arrivals.poisson(args.streams, rate=float("inf"), burstiness=1.0, seed=0),
+        input_len=_INPUT_LEN,
+        output_len=args.output_len,
+        vocab_size=checkpoint.TINY["vocab_size"],
+        seed=0,
+    )
+    stats, cpu, start_s = _stats(run_dir), cpu_seconds("client"), time.perf_counter()
+    records, _ = await run_load(planned, sender(client), request_timeout_s=_TIMEOUT_S)
+    elapsed_s = time.perf_counter() - start_s
+    stats_after, cpu_after = _stats(run_dir), cpu_seconds("client")
+    _check(records)
+    num_tokens = sum(r.num_output_tokens for r in records)
+    itl = distribution_ms(gap for r in records for gap in itl_s(r))
+    assert itl is not None
+    return Run(
+        tokens_per_s=num_tokens / elapsed_s,
+        tokens_per_message=num_tokens / sum(len(r.arrivals) for r in records),
+        decode_steps_per_s=(stats_after.num_decode_steps - stats.num_decode_steps) / elapsed_s,
+        itl_p99_ms=itl.p99,
+        coordinator_step_ms=1e3
+        * (_busy_s(stats_after) - _busy_s(stats))
+        / (_num_steps(stats_after) - _num_steps(stats)),
+        cpu_us_per_token={name: 1e6 * (cpu_after[name] - cpu[name]) / num_tokens for name in cpu},
+    )
+
+
+def _stats(run_dir: str) -> Stats:
+    link = Link[FromCoordinator, ToCoordinator](run_dir, CLIENTS, "benchmark", FromCoordinator)
+    link.send(GetStats(1))
+    stats = link.receive(_TIMEOUT_S)
+    link.close()
+    if not isinstance(stats, Stats):
+        raise RuntimeError("the coordinator does not answer")
+    return stats
+
+
+def _num_steps(stats: Stats) -> int:
+    return stats.num_prefill_steps + stats.num_decode_steps
+
+
+def _busy_s(stats: Stats) -> float:
+    return stats.mean_plan_s * _num_steps(stats)
+
+
+def _check(records: Sequence[RequestRecord]) -> None:
+    failures = [record.status for record in records if record.status != OK]
+    if failures:
+        raise RuntimeError(f"{len(failures)} requests failed: {failures[0]}")
+
+
+def _print_runs(runs: Sequence[Run]) -> None:
+    columns: dict[str, list[float]] = {
+        "tokens/s": [run.tokens_per_s for run in runs],
+        "tokens/message": [run.tokens_per_message for run in runs],
+        "decode steps/s": [run.decode_steps_per_s for run in runs],
+        "ITL p99 ms": [run.itl_p99_ms for run in runs],
+        "coordinator ms/step": [run.coordinator_step_ms for run in runs],
+    }
+    for name in runs[0].cpu_us_per_token:
+        columns[f"CPU µs/token, {name}"] = [run.cpu_us_per_token[name] for run in runs]
+    rows = [(name, *common.spread(values)) for name, values in columns.items()]
+    common.print_table(("", "min", "median", "max"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""`python -m benchmarks.fake_worker`: a worker that computes nothing.
+
+It answers each step after `STEP_S` seconds (an environment variable), or else at once. Tokens vary,
+so that there is text to decode.
+"""
+
+import os
+import time
+from typing import Final
+
+import numpy as np
+
+from semipd_jax.child import Child, run_child
+from semipd_jax.messages import DecodeStep, FromWorker, PrefillStep, StepDone, ToWorker, WorkerReady
+from semipd_jax.transport.channels import WORKERS, Link
+
+STEP_S: Final = "SEMIPD_FAKE_STEP_S"
+_ROW_BYTES: Final = np.dtype(np.int32).itemsize
+_TICK_S: Final = 0.1
+
+
+def main(child: Child) -> None:
+    spec, layout = child.spec, child.spec.layout
+    assert layout is not None
+    assert spec.phase is not None
+    assert spec.share is not None
+    worker_id, step_s = spec.extra["worker_id"], float(os.environ.get(STEP_S, "0"))
+    link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
+    link.send(WorkerReady(worker_id, spec.phase, spec.share))
+    child.ready()
+    while not child.stopping.is_set():
+        step = link.receive(_TICK_S)
+        if isinstance(step, PrefillStep | DecodeStep):
+            if step_s:
+                time.sleep(step_s)
+            link.send(_reply(worker_id, step, layout.vocab_size))
+    link.close()
+
+
+def _reply(worker_id: str, step: PrefillStep | DecodeStep, vocab_size: int) -> StepDone:
+    num_rows = len(step.rows) // _ROW_BYTES
+    tokens = (np.arange(num_rows, dtype=np.int32) + step.step_id * 17) % vocab_size
+    return StepDone(worker_id, step.step_id, tokens.tobytes(), device_s=0.0, num_compiles=0)
+
+
+if __name__ == "__main__":
+    run_child(main)
