@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -59,12 +60,14 @@ class FakeCoordinator:
     Attributes:
       refuse: answer to every Submit instead of running it: (error, message).
       fail_after: give up on requests after this many tokens.
+      admits: else requests stay in the queue.
     """
 
     run_dir: str
     answer: Callable[[Request, int], int] = arithmetic
     refuse: tuple[str, str] | None = None
     fail_after: int | None = None
+    admits: bool = True
     running: dict[tuple[str, int], Running] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[FinishReason] = field(default_factory=list)
@@ -72,7 +75,10 @@ class FakeCoordinator:
     def __post_init__(self) -> None:
         self.hub = Hub[ToCoordinator, FromCoordinator](self.run_dir, CLIENTS, ToCoordinator)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.hub.close()
 
     async def serve(self, interval_s: float = 0.001) -> None:
@@ -114,7 +120,8 @@ class FakeCoordinator:
             self.hub.send(client, Refused(handle, *self.refuse))
             return
         self.running[client, handle] = Running(client, handle, request)
-        self.hub.send(client, Admitted(handle, cached_tokens=0, queue_s=0.001))
+        if self.admits:
+            self.hub.send(client, Admitted(handle, cached_tokens=0, queue_s=0.001))
 
     def _outputs(self, group: list[Running]) -> Outputs:
         handles, token_ids, logprobs, done = [], [], [], []

@@ -1,15 +1,19 @@
 """One running request, between the link to the coordinator and whoever reads its events."""
 
 import asyncio
+from typing import Final
 
 from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
 from semipd_jax.messages import Admitted, Done
 from semipd_jax.request import Delta, Event, Finished, FinishReason, Started, TokenLogprob, Usage
 from semipd_jax.text.output import OutputText
 
+MAX_DELTA_TOKENS: Final = 1024
+"""With all their logprobs, these fit into the 4 MiB that gRPC clients accept by default."""
+
 
 class Stream:
-    """What has arrived and was not read yet. Unread tokens are merged into one Delta, so that a
+    """What has arrived and was not read yet. Unread tokens are merged into few Deltas, so that a
     slow reader costs no more memory than its own request's output.
 
     Attributes:
@@ -84,9 +88,19 @@ class Stream:
             started, self._started = self._started, None
             return started
         if self._token_ids or self._text:
-            delta = Delta(tuple(self._token_ids), self._text, tuple(self._logprobs))
-            self._token_ids, self._text, self._logprobs = [], "", []
-            return delta
+            return self._take_delta()
         if self._error is not None:
             raise self._error
         return self._finished
+
+    def _take_delta(self) -> Delta:
+        token_ids, self._token_ids = _cut(self._token_ids)
+        logprobs, self._logprobs = _cut(self._logprobs)
+        text = ""
+        if not self._token_ids:  # text may lag behind its tokens, but not run ahead
+            text, self._text = self._text, ""
+        return Delta(tuple(token_ids), text, tuple(logprobs))
+
+
+def _cut[T](values: list[T]) -> tuple[list[T], list[T]]:
+    return values[:MAX_DELTA_TOKENS], values[MAX_DELTA_TOKENS:]

@@ -5,12 +5,11 @@ Rust tokenizer underneath does the work, because it may be called from several t
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from semipd_jax.errors import CheckpointError, InvalidRequestError
 
@@ -19,13 +18,32 @@ type ChatMessage = Mapping[str, str]
 
 
 class Tokenizer:
-    """Immutable after construction and safe to call from any thread."""
+    """Immutable after construction and safe to call from any thread.
 
-    def __init__(self, wrapped: PreTrainedTokenizerFast) -> None:
+    Args:
+      wrapped: a transformers PreTrainedTokenizerFast, which nobody else uses.
+
+    Attributes:
+      size: one more than the largest token id.
+      unknown_ids: ids below `size` that stand for nothing.
+      skipped_ids: ids that leave no text with `skip_special_tokens`.
+      byte_ids: byte → its token `<0xNN>`; empty unless unknown characters are spelled in such.
+      high_bytes: token id → byte, of the bytes that only with others make a character.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
         self.backend: tokenizers.Tokenizer = wrapped.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        known_ids = set(self.backend.get_vocab().values())
+        added = self.backend.get_added_tokens_decoder()
+        special_ids = {token_id for token_id, token in added.items() if token.special}
+        self.size = max(known_ids) + 1
+        self.unknown_ids = frozenset(range(self.size)) - known_ids
+        self.skipped_ids = self.unknown_ids | special_ids
+        self.byte_ids: Mapping[int, int] = _byte_ids(self.backend)
+        self.high_bytes = {i: byte for byte, i in self.byte_ids.items() if byte >= 0x80}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Text that spells a special token gives that token.
@@ -43,15 +61,13 @@ class Tokenizer:
         if self._wrapped.chat_template is None:
             raise InvalidRequestError("the model has no chat template", field="chat")
         try:
-            text = self._wrapped.apply_chat_template(
+            return self._wrapped.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", field="chat"
             ) from error
-        assert isinstance(text, str)
-        return text
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of `render_chat`, whose template already writes the special tokens."""
@@ -61,34 +77,12 @@ class Tokenizer:
         """Text of `token_ids`; ids that the tokenizer does not know are left out."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    @cached_property
-    def size(self) -> int:
-        """One more than the largest token id."""
-        return max(self.backend.get_vocab().values()) + 1
 
-    @cached_property
-    def unknown_ids(self) -> frozenset[int]:
-        """Ids below `size` that stand for nothing."""
-        return frozenset(range(self.size)) - frozenset(self.backend.get_vocab().values())
-
-    @cached_property
-    def skipped_ids(self) -> frozenset[int]:
-        """Ids that leave no text with `skip_special_tokens`."""
-        added = self.backend.get_added_tokens_decoder()
-        return self.unknown_ids | {token_id for token_id, token in added.items() if token.special}
-
-    @cached_property
-    def byte_ids(self) -> Mapping[int, int]:
-        """Byte → its token `<0xNN>`; empty unless unknown characters are spelled in such tokens."""
-        ids = {byte: self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-        known = {byte: token_id for byte, token_id in ids.items() if token_id is not None}
-        works = len(known) == 256 and self.backend.decode([known[ord("a")]]) == "a"
-        return known if works else {}
-
-    @cached_property
-    def high_bytes(self) -> Mapping[int, int]:
-        """Token id → byte, of the bytes that only together with others make a character."""
-        return {token_id: byte for byte, token_id in self.byte_ids.items() if byte >= 0x80}
+def _byte_ids(backend: tokenizers.Tokenizer) -> dict[int, int]:
+    ids = {byte: backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    known = {byte: token_id for byte, token_id in ids.items() if token_id is not None}
+    works = len(known) == 256 and backend.decode([known[ord("a")]]) == "a"
+    return known if works else {}
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
@@ -102,6 +96,8 @@ def load_tokenizer(directory: str) -> Tokenizer:
             f"{directory} has no tokenizer.json; save one with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    from transformers import PreTrainedTokenizerFast  # half a second, and only this needs it
+
     try:
         wrapped = PreTrainedTokenizerFast.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

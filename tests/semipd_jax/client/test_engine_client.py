@@ -6,6 +6,7 @@ import pytest
 from fake_coordinator import TIMINGS, FakeCoordinator, arithmetic, layout
 
 from semipd_jax.client import EngineClient
+from semipd_jax.client.stream import MAX_DELTA_TOKENS, Stream
 from semipd_jax.config import ModelConfig
 from semipd_jax.errors import (
     DuplicateRequestError,
@@ -26,6 +27,7 @@ from semipd_jax.request import (
     TokenLogprob,
     Usage,
 )
+from semipd_jax.text.output import OutputText
 from semipd_jax.text.tokenizer import Tokenizer
 
 EOS = 1
@@ -59,7 +61,6 @@ class Rig:
 def rig(run_dir: str, tokenizer: Tokenizer):
     @asynccontextmanager
     async def start(defaults=None, seed: int = 0, **fields) -> AsyncIterator[Rig]:
-        fake = FakeCoordinator(run_dir, **fields)
         client = EngineClient(
             run_dir,
             layout(tokenizer.size, max_model_len=64, eos=(EOS,)),
@@ -67,12 +68,12 @@ def rig(run_dir: str, tokenizer: Tokenizer):
             ModelConfig(path="model", seed=seed),
             defaults or {},
         )
-        await client.start()
-        try:
-            yield Rig(client, fake)
-        finally:
-            await client.close()
-            fake.close()
+        with FakeCoordinator(run_dir, **fields) as fake:
+            await client.start()
+            try:
+                yield Rig(client, fake)
+            finally:
+                await client.close()
 
     return start
 
@@ -337,6 +338,18 @@ def test_a_slow_reader_gets_one_delta_and_delays_nobody(rig):
     asyncio.run(main())
 
 
+def test_a_very_slow_reader_gets_deltas_of_bounded_size(tokenizer: Tokenizer):
+    length = 2 * MAX_DELTA_TOKENS + 5
+    stream = Stream(1, "id", 1, OutputText(tokenizer, [5], SamplingParams()))
+    word = tokenizer.encode("the", add_special_tokens=False)[0]
+    for i in range(length):
+        stream.token(word, TokenLogprob(word, -float(i)))
+    deltas = [asyncio.run(stream.next()) for _ in range(3)]
+    assert [len(d.token_ids) for d in deltas] == [MAX_DELTA_TOKENS, MAX_DELTA_TOKENS, 5]
+    assert [p.logprob for d in deltas for p in d.logprobs] == [-float(i) for i in range(length)]
+    assert [d.text for d in deltas] == ["", "", tokenizer.decode([word]) * length]
+
+
 @pytest.mark.parametrize(
     ("kind", "error"), [("overloaded", OverloadedError), ("unavailable", UnavailableError)]
 )
@@ -434,14 +447,13 @@ def test_connect_reads_tokenizer_and_defaults_from_the_model(
     run_dir: str, model_dir: str, tokenizer: Tokenizer
 ):
     async def main():
-        fake = FakeCoordinator(run_dir)
-        client = await EngineClient.connect(
-            run_dir, layout(tokenizer.size), ModelConfig(path=model_dir)
-        )
-        rig = Rig(client, fake)
-        assert len(tokens(await rig.run(client.generate("Hi", {"max_tokens": 2})))) == 2
-        assert await client.decode(await client.encode("Hi 😀")) == "Hi 😀"
-        await client.close()
-        fake.close()
+        with FakeCoordinator(run_dir) as fake:
+            client = await EngineClient.connect(
+                run_dir, layout(tokenizer.size), ModelConfig(path=model_dir)
+            )
+            rig = Rig(client, fake)
+            assert len(tokens(await rig.run(client.generate("Hi", {"max_tokens": 2})))) == 2
+            assert await client.decode(await client.encode("Hi 😀")) == "Hi 😀"
+            await client.close()
 
     asyncio.run(main())

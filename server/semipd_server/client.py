@@ -1,0 +1,201 @@
+"""A typed client, blocking and asynchronous. Events and errors are the engine's own.
+
+    with Client("localhost:50051") as client:
+        print(client.complete("def main():", max_tokens=20))
+        for event in client.generate([{"role": "user", "content": "Hi"}], temperature=0.0):
+            print(event)
+
+`python -m semipd_server.client "def main():"` prints a completion as it comes.
+"""
+
+import argparse
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing
+from typing import Any, Final, Self
+
+import grpc
+
+from semipd_jax.client import Prompt
+from semipd_jax.request import Delta, Event
+from semipd_server.convert import event_from, prompt_fields, sampling_message
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.status import error_from
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+_UNARY_TIMEOUT_S: Final = 60.0
+
+
+class Client:
+    """Blocking; may be shared by threads.
+
+    Every method raises the `semipd_jax.errors` that the server meant, TimeoutError after
+    `timeout_s`, and grpc.RpcError for anything else.
+    """
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._channel = (
+            grpc.insecure_channel(target, _OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, _OPTIONS)
+        )
+        self._stub: Any = pb_grpc.InferenceServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> Generator[Event]:
+        """Yields Started, Deltas, Finished. Closing the generator ends the request.
+
+        Args:
+          prompt: text, token ids, or chat messages ({"role": …, "content": …}).
+          sampling: fields of `request.SamplingParams`; absent ones are the model's defaults.
+        """
+        call = self._stub.Generate(_request(prompt, request_id, sampling), timeout=timeout_s)
+        try:
+            for response in call:
+                yield event_from(response)
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+        finally:
+            call.cancel()
+
+    def complete(self, prompt: Prompt, **options: Any) -> str:
+        """The text of `generate`, with the same options."""
+        return "".join(e.text for e in self.generate(prompt, **options) if isinstance(e, Delta))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a running request; its stream ends with reason ABORT."""
+        self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id))
+
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of text or chat messages."""
+        request = pb.TokenizeRequest(**prompt_fields(prompt), add_special_tokens=add_special_tokens)
+        return list(self._call(self._stub.Tokenize, request).ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        request = pb.DetokenizeRequest(ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return self._call(self._stub.Detokenize, request).text
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        return self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=_UNARY_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+
+
+class AsyncClient:
+    """`Client` on an event loop."""
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._channel = (
+            grpc.aio.insecure_channel(target, _OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, _OPTIONS)
+        )
+        self._stub: Any = pb_grpc.InferenceServiceStub(self._channel)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[Event]:
+        """See `Client.generate`."""
+        call = self._stub.Generate(_request(prompt, request_id, sampling), timeout=timeout_s)
+        try:
+            async for response in call:
+                yield event_from(response)
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+        finally:
+            call.cancel()
+
+    async def complete(self, prompt: Prompt, **options: Any) -> str:
+        """The text of `generate`, with the same options."""
+        async with aclosing(self.generate(prompt, **options)) as events:
+            return "".join([e.text async for e in events if isinstance(e, Delta)])
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a running request; its stream ends with reason ABORT."""
+        await self._call(self._stub.Abort, pb.AbortRequest(request_id=request_id))
+
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of text or chat messages."""
+        request = pb.TokenizeRequest(**prompt_fields(prompt), add_special_tokens=add_special_tokens)
+        return list((await self._call(self._stub.Tokenize, request)).ids)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> str:
+        request = pb.DetokenizeRequest(ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return (await self._call(self._stub.Detokenize, request)).text
+
+    async def model_info(self) -> pb.GetModelInfoResponse:
+        return await self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest())
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=_UNARY_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+
+
+def _request(prompt: Prompt, request_id: str, sampling: dict[str, Any]) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        request_id=request_id, sampling=sampling_message(sampling), **prompt_fields(prompt)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m semipd_server.client", description="Print a completion as it comes."
+    )
+    parser.add_argument("prompt")
+    parser.add_argument("--target", default="127.0.0.1:50051", help="address of the server")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float)
+    args = parser.parse_args(argv)
+    with Client(args.target) as client:
+        for event in client.generate(
+            args.prompt, max_tokens=args.max_tokens, temperature=args.temperature
+        ):
+            if isinstance(event, Delta):
+                print(event.text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Errors as gRPC statuses, and back: the table of the contract, in one place."""
+
+import logging
+import uuid
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from semipd_jax.errors import (
+    DuplicateRequestError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+    RequestNotFoundError,
+    UnavailableError,
+)
+from semipd_server.convert import field_path
+
+_CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
+    RequestNotFoundError: grpc.StatusCode.NOT_FOUND,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    RequestFailedError: grpc.StatusCode.ABORTED,
+}
+_ERRORS: Final = {code: error for error, code in _CODES.items()}
+_RETRY_AFTER_S: Final = 1
+_MAX_MESSAGE_CHARS: Final = 400  # a status travels in headers, which clients limit to 8 KiB
+
+_log = logging.getLogger(__name__)
+
+
+async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+    """Ends a call with the status of `error`. What the contract does not name is INTERNAL, and says
+    no more than a number that is also in the log."""
+    if type(error) not in _CODES:
+        error_id = uuid.uuid4().hex[:12]
+        _log.error("internal error %s", error_id, exc_info=error)
+        text = f"internal error {error_id}; the server's log says more"
+        await context.abort(grpc.StatusCode.INTERNAL, text)
+    status = rpc_status.to_status(status_of(error))
+    metadata = [*status.trailing_metadata]
+    if isinstance(error, OverloadedError):
+        metadata.append(("grpc-retry-pushback-ms", str(1000 * _RETRY_AFTER_S)))
+    await context.abort(status.code, status.details, tuple(metadata))
+
+
+def status_of(error: Exception) -> status_pb2.Status:
+    """The rich status of an error that the contract names."""
+    message = str(error)[:_MAX_MESSAGE_CHARS]
+    status = status_pb2.Status(code=_CODES[type(error)].value[0], message=message)
+    if isinstance(error, InvalidRequestError):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=field_path(error.field), description=message
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, OverloadedError):
+        delay = duration_pb2.Duration(seconds=_RETRY_AFTER_S)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def error_from(error: Any) -> Exception:
+    """What the server meant by an RpcError of a blocking or an asynchronous call. A passed deadline
+    is a TimeoutError; what the contract does not name stays as it is."""
+    code, message = error.code(), error.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimeoutError(message)
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        bad_request = _detail(error, error_details_pb2.BadRequest())
+        violations = bad_request.field_violations if bad_request else ()
+        return InvalidRequestError(message, field=violations[0].field if violations else "")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        is_queue = _detail(error, error_details_pb2.RetryInfo()) is not None
+        return OverloadedError(message) if is_queue else error
+    return _ERRORS[code](message) if code in _ERRORS else error
+
+
+def _detail[M: Message](error: grpc.Call, kind: M) -> M | None:
+    """The detail of this kind that came with a status."""
+    status = rpc_status.from_call(error)
+    found = status is not None and any(detail.Unpack(kind) for detail in status.details)
+    return kind if found else None

@@ -1,0 +1,148 @@
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from server_rig import Rig, Start, read_all
+
+from semipd_jax.errors import StartupError
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.server import SERVICE, Server
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def request(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), **fields)
+
+
+async def health_of(channel: grpc.aio.Channel, service: str) -> int:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+async def begun(rig: Rig, call: Any) -> None:
+    first = asyncio.ensure_future(call.read())
+    await rig.fake.until(first.done)
+
+
+async def rest_of(rig: Rig, call: Any) -> list[pb.GenerateResponse]:
+    reader = asyncio.ensure_future(read_all(call))
+    await rig.fake.until(reader.done)
+    return reader.result()
+
+
+def test_before_there_is_an_engine_health_says_so_and_calls_are_refused():
+    async def main():
+        server = Server(max_model_len=64, max_rpcs=10)
+        address = await server.start("127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(address) as channel:
+            for service in ("", SERVICE):
+                assert await health_of(channel, service) == NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await health_of(channel, "no.such.Service")
+            assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+            stub: Any = pb_grpc.InferenceServiceStub(channel)
+            for call in (
+                stub.Generate(request()).read(),
+                stub.Abort(pb.AbortRequest(request_id="x")),
+                stub.Tokenize(pb.TokenizeRequest(text="x")),
+                stub.Detokenize(pb.DetokenizeRequest(ids=[5])),
+                stub.GetModelInfo(pb.GetModelInfoRequest()),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await call
+                assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert raised.value.details() == "the engine is starting"
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_health_follows_the_servers_life(start: Start):
+    async def main():
+        async with start() as rig:
+            stub: Any = health_pb2_grpc.HealthStub(rig.channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=""))
+            assert (await watch.read()).status == SERVING
+            for service in ("", SERVICE):
+                assert await health_of(rig.channel, service) == SERVING
+            call = rig.stub.Generate(request(request_id="last"))
+            await begun(rig, call)
+            draining = asyncio.ensure_future(rig.server.drain(10))
+            assert (await watch.read()).status == NOT_SERVING
+            for service in ("", SERVICE):
+                assert await health_of(rig.channel, service) == NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await rig.stub.Generate(request()).read()
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert raised.value.details() == "the server is shutting down"
+            assert not draining.done()
+            assert (await rest_of(rig, call))[-1].WhichOneof("event") == "finished"
+            await asyncio.wait_for(draining, 5)
+
+    asyncio.run(main())
+
+
+def test_draining_takes_no_longer_than_allowed(start: Start):
+    async def main():
+        async with start() as rig:
+            call = rig.stub.Generate(request())
+            await begun(rig, call)
+            await asyncio.wait_for(rig.server.drain(0.05), 5)
+            assert len(rig.fake.running) == 1
+            call.cancel()
+
+    asyncio.run(main())
+
+
+def test_stopping_tells_every_stream_why(start: Start):
+    async def main():
+        async with start() as rig:
+            call = rig.stub.Generate(request())
+            await begun(rig, call)
+            await rig.engine.close()
+            await rig.server.stop()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await read_all(call)
+            code = raised.value.code()
+            assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+            assert raised.value.details() == "the engine client was closed"
+
+    asyncio.run(main())
+
+
+def test_reflection_lists_every_service(start: Start):
+    async def main():
+        async with start() as rig:
+            return await asyncio.to_thread(reflected, rig.address)
+
+    names, methods = asyncio.run(main())
+    assert {SERVICE, "grpc.health.v1.Health"} <= set(names)
+    assert methods == {"Generate", "Abort", "Tokenize", "Detokenize", "GetModelInfo"}
+
+
+def reflected(address: str) -> tuple[list[str], set[str]]:
+    with grpc.insecure_channel(address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        file = database.FindFileContainingSymbol(SERVICE)
+        methods = {method.name for service in file.service for method in service.method}
+        return list(database.get_services()), methods
+
+
+def test_a_taken_port_is_a_clear_error():
+    async def main():
+        first, second = (Server(max_model_len=64, max_rpcs=10) for _ in range(2))
+        address = await first.start("127.0.0.1", 0)
+        port = int(address.rsplit(":", 1)[1])
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}"):
+            await second.start("127.0.0.1", port)
+        await first.stop()
+
+    asyncio.run(main())

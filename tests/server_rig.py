@@ -1,0 +1,101 @@
+"""A whole front end in one process: server, engine client, and a coordinator without an engine."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fake_coordinator import FakeCoordinator, layout
+from tiny_tokenizers import save_byte_level
+
+from semipd_jax.client import EngineClient
+from semipd_jax.config import ModelConfig
+from semipd_jax.text.tokenizer import Tokenizer
+from semipd_server.client import AsyncClient
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.server import Server
+from semipd_server.servicer import Engine
+
+MAX_MODEL_LEN = 64
+EOS = 1
+INFO = pb.GetModelInfoResponse(name="tiny", architecture="LlamaForCausalLM", vocab_size=400)
+
+
+@dataclass
+class Rig:
+    address: str
+    server: Server
+    engine: EngineClient
+    fake: FakeCoordinator
+    channel: grpc.aio.Channel
+    client: AsyncClient
+
+    @property
+    def stub(self) -> Any:
+        return pb_grpc.InferenceServiceStub(self.channel)
+
+
+type Start = Callable[..., AbstractAsyncContextManager[Rig]]
+
+
+async def read_all(call: Any) -> list[pb.GenerateResponse]:
+    """What is left of a stream; raises the error that ends it."""
+    responses: list[pb.GenerateResponse] = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
+def sizes(tokenizer: Tokenizer):
+    return layout(tokenizer.size, max_model_len=MAX_MODEL_LEN, eos=(EOS,))
+
+
+@asynccontextmanager
+async def serving(
+    run_dir: str,
+    tokenizer: Tokenizer,
+    *,
+    defaults: dict[str, Any] | None = None,
+    max_rpcs: int = 1000,
+    **fields: Any,
+) -> AsyncIterator[Rig]:
+    """`fields` are the fake coordinator's; the test makes its steps."""
+    model = ModelConfig(path="tiny")
+    engine = EngineClient(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
+    server = Server(max_model_len=MAX_MODEL_LEN, max_rpcs=max_rpcs)
+    with FakeCoordinator(run_dir, **fields) as fake:
+        await engine.start()
+        address = await server.start("127.0.0.1", 0)
+        await server.serve(Engine(engine, INFO))
+        try:
+            async with (
+                grpc.aio.insecure_channel(address) as channel,
+                AsyncClient(address) as client,
+            ):
+                yield Rig(address, server, engine, fake, channel, client)
+        finally:
+            await engine.close()
+            await server.stop()
+
+
+def save_model(directory: Path) -> str:
+    """A model directory without weights."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 400,
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return save_byte_level(directory)
