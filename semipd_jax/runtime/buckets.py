@@ -36,8 +36,8 @@ class Bucket:
 
 
 def decode_buckets(layout: MemoryLayout, max_num_seqs: int) -> tuple[Bucket, ...]:
-    """Rows 1, 2, 4, … and `max_num_seqs`, smallest first."""
-    sizes = [1 << i for i in range(max_num_seqs.bit_length()) if 1 << i < max_num_seqs]
+    """Rows 1, 4, 8, 16, … and `max_num_seqs`, smallest first. Two rows cost what four do."""
+    sizes = [n for n in (1 << i for i in range(12)) if n != 2 and n < max_num_seqs]
     return tuple(_bucket(layout, n, n) for n in [*sizes, max_num_seqs])
 
 

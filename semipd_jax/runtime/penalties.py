@@ -11,6 +11,17 @@ from semipd_jax.runtime.batch import Sampling
 _HISTORY_BLOCK: Final = 256
 
 
+def adjust(
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    tokens: Int32[Array, "rows length"],
+    rows: Int32[Array, " B"],
+    context_lens: Int32[Array, " B"],
+) -> Float32[Array, "B V"]:
+    """Biases, then penalties for `tokens[rows, :context_lens]`."""
+    return penalise(add_bias(logits, sampling), sampling, tokens, rows, context_lens)
+
+
 def add_bias(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
     ids = sampling.bias_token_ids
     columns = jnp.where(ids < 0, logits.shape[1], ids)  # a negative index would count from the end

@@ -50,14 +50,9 @@ def sample(
 ) -> StepOutput:
     """Chooses `tokens[rows, context_lens]`, given the tokens before that position."""
     adjusted = lax.cond(
-        jnp.any(sampling.bias_token_ids >= 0),
-        lambda: penalties.add_bias(logits, sampling),
+        jnp.any(sampling.bias_token_ids >= 0) | jnp.any(penalties.uses_penalties(sampling)),
+        lambda: penalties.adjust(logits, sampling, tokens, rows, context_lens),
         lambda: logits,
-    )
-    adjusted = lax.cond(
-        jnp.any(penalties.uses_penalties(sampling)),
-        lambda: penalties.penalise(adjusted, sampling, tokens, rows, context_lens),
-        lambda: adjusted,
     )
     greedy = selection.argmax(adjusted)
     is_random = sampling.temperature >= _GREEDY_BELOW

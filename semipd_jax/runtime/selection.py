@@ -8,12 +8,10 @@ cumulative sum over the vocabulary.
 from typing import Final
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 _BLOCK_WIDTHS: Final = (256, 128, 64)
-_CUMSUM_TILE: Final = 32
 
 
 def argmax(x: Float32[Array, "B V"]) -> Int32[Array, " B"]:
@@ -37,35 +35,25 @@ def categorical(
 
 
 def cumulative(x: Float32[Array, "B n"]) -> Float32[Array, "B n"]:
-    """Cumulative sum along rows, as two products with small triangles of ones.
+    """Cumulative sum along short rows, as a product with a triangle of ones.
 
-    `jnp.cumsum` takes XLA ten times as long to compile, which counts: it would be in every program.
+    XLA takes ten times as long to compile `jnp.cumsum`, and every program has three of these.
     """
-    n, tile = x.shape[1], _CUMSUM_TILE
-    tiles = jnp.pad(x, ((0, 0), (0, -n % tile))).reshape(x.shape[0], -1, tile)
-    within = _dot(tiles, np.triu(np.ones((tile, tile), np.float32)))
-    num_tiles = within.shape[1]
-    before = _dot(within[:, :, -1], np.triu(np.ones((num_tiles, num_tiles), np.float32), k=1))
-    return (within + before[:, :, None]).reshape(x.shape[0], -1)[:, :n]
-
-
-def _dot(x: Float32[Array, "*rows n"], matrix: np.ndarray) -> Float32[Array, "*rows m"]:
-    return lax.dot_general(
-        x,
-        jnp.asarray(matrix),
-        dimension_numbers=(((x.ndim - 1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-    )
+    n = jnp.arange(x.shape[1], dtype=jnp.int32)
+    triangle = (n[:, None] <= n[None, :]).astype(jnp.float32)
+    return lax.dot(x, triangle, precision=lax.Precision.HIGHEST)
 
 
 def _invert_cdf(mass: Float32[Array, "B n"], u: Float32[Array, " B"]) -> Int32[Array, " B"]:
     """The first index of positive mass where the cumulative sum exceeds u times the total.
 
-    Rounding may leave no such index, or put a step where there is no mass: hence the two guards.
+    Rounding may put a step where there is no mass, or leave no such index: then it is the first one
+    of positive mass.
     """
     summed = cumulative(mass)
-    beyond = (summed > (u * summed[:, -1])[:, None]) & (mass > 0)
-    return jnp.where(jnp.any(beyond, axis=1), jnp.argmax(beyond, axis=1), jnp.argmax(mass, axis=1))
+    is_possible = mass > 0
+    is_beyond = is_possible & (summed > (u * summed[:, -1])[:, None])
+    return jnp.argmax(is_possible.astype(jnp.int32) + is_beyond.astype(jnp.int32), axis=1)
 
 
 def _blocks(x: Float32[Array, "B V"], *, padding: float) -> Float32[Array, "B blocks width"]:

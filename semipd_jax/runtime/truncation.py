@@ -71,7 +71,7 @@ def _covering(
     reached = selection.cumulative(best_weights) >= target[:, None]
     index = jnp.argmax(reached, axis=1)[:, None]
     known = jnp.take_along_axis(best, index, axis=1, mode="clip")[:, 0]
-    is_known = off | jnp.any(reached, axis=1)
+    is_known = off | reached[:, -1]
     above = jnp.where(is_known, _NEGLIGIBLE, best[:, -1])
     return jnp.where(is_known, known, _bisect(scores, weights, target, above))
 
