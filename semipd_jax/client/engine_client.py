@@ -122,7 +122,8 @@ class EngineClient:
         self._streams.clear()
         self._handles.clear()
         for query in self._queries.values():
-            query.set_exception(UnavailableError(str(error)))
+            if not query.done():
+                query.set_exception(UnavailableError(str(error)))
         self._queries.clear()
 
     async def generate(

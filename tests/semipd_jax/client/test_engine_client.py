@@ -17,6 +17,7 @@ from semipd_jax.errors import (
     StartupError,
     UnavailableError,
 )
+from semipd_jax.messages import Done
 from semipd_jax.request import (
     Delta,
     Event,
@@ -295,6 +296,18 @@ def test_a_stop_string_ends_the_request(rig, tokenizer: Tokenizer, include: bool
             assert sum(len(e.logprobs) for e in events if isinstance(e, Delta)) == len(kept)
 
     asyncio.run(main())
+
+
+def test_tokens_after_a_stop_string_are_dropped(tokenizer: Tokenizer):
+    sampling = SamplingParams(stop=("two",))
+    stream = Stream(1, "id", 1, OutputText(tokenizer, [5], sampling))
+    words = tokenizer.encode("one two three", add_special_tokens=False)
+    found = [stream.token(word, None) for word in words]
+    assert found.count(True) == 1
+    stream.done(Done(1, FinishReason.LENGTH, TIMINGS, len(words)))
+    delta, finished = asyncio.run(stream.next()), asyncio.run(stream.next())
+    assert delta == Delta(tuple(words[: found.index(True) + 1]), "one ")
+    assert finished == Finished(FinishReason.STOP, Usage(1, len(delta.token_ids)), "two", TIMINGS)
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(rig, tokenizer: Tokenizer):
