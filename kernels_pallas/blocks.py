@@ -58,11 +58,26 @@ class Softmax(NamedTuple):
             jnp.where(where[..., None], 0.0, self.acc),
         )
 
-    def put(self, index: Int32[Array, ""], other: "Softmax", block: int) -> "Softmax":
-        """With entry `block` of `other` as entry `index`."""
+    def put(self, indices: Int32[Array, " W"], other: "Softmax") -> "Softmax":
+        """With the blocks of `other` as the blocks at `indices`, which ascend."""
         return Softmax(
             *(
-                jax.lax.dynamic_update_index_in_dim(mine, theirs[block], index, axis=0)
+                mine.at[indices].set(
+                    theirs, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+                )
+                for mine, theirs in zip(self, other, strict=True)
+            )
+        )
+
+    def slice(self, first: Int32[Array, ""], num_queries: int) -> "Softmax":
+        """Of `num_queries` queries from `first` on."""
+        return Softmax(*(jax.lax.dynamic_slice_in_dim(x, first, num_queries, axis=2) for x in self))
+
+    def update(self, first: Int32[Array, ""], other: "Softmax") -> "Softmax":
+        """With `other` as the queries from `first` on."""
+        return Softmax(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(mine, theirs, first, axis=2)
                 for mine, theirs in zip(self, other, strict=True)
             )
         )

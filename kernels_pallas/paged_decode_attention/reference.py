@@ -69,8 +69,7 @@ def paged_decode_attention(
         lane_queries = jax.lax.optimization_barrier(queries[row])
         logits = logits_of(lane_queries, take(k_pages, page_ids), visible[:, None], soft_cap)
         part = part.add(logits, take(v_pages, page_ids))
-        for lane in range(num_lanes):
-            parts = parts.put(row[lane] + lane, part, lane)
+        parts = parts.put(row + lanes, part)
         return parts, part
 
     parts = Softmax.empty(B + num_lanes, K, N // K, H)

@@ -1,11 +1,26 @@
-"""Paged prefill attention in plain JAX: tiles of queries over blocks of keys, online softmax."""
+"""Paged prefill attention in plain JAX, for serving on a CPU.
+
+For each chunk, block after block of its keys is gathered once and attended by every tile of its
+queries that sees it; each query keeps a running softmax. The work grows with the visible (query,
+key) pairs, in steps of a tile and a block.
+
+A chunk's last tile reaches past its end. The queries there see no key, so they add nothing that
+outlives the first real key of the chunk they belong to (`blocks.LOWEST`).
+"""
+
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-TILE = 64
-"""Query tokens processed together."""
+from kernels_pallas.blocks import Softmax, logits_of, take
+
+TILE: Final = 64
+"""Query tokens that attend a block together; half of it in batches of at most that many."""
+
+BLOCK: Final = 128
+"""Keys in a block, rounded to whole pages; also half of it in small batches."""
 
 
 def paged_prefill_attention(
@@ -24,56 +39,57 @@ def paged_prefill_attention(
     T, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
     G = N // K
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    tile_ends = jnp.cumsum(-(-q_lens // TILE))
-    padded_q = jnp.pad(q, ((0, TILE), (0, 0), (0, 0)))
+    tile, block = (TILE, BLOCK) if T > TILE else (TILE // 2, BLOCK // 2)
+    pages = max(1, block // page_size)
+    block = pages * page_size
 
-    def attend_tile(tile, results):
-        row = jnp.searchsorted(tile_ends, tile, side="right").astype("int32")
-        past_tiles = jnp.where(row == 0, 0, tile_ends[row - 1])
-        first = cu_q_lens[row] + (tile - past_tiles) * TILE
-        count = jnp.minimum(cu_q_lens[row + 1] - first, TILE)
-        positions = context_lens[row] - cu_q_lens[row + 1] + first + jnp.arange(TILE)
-        queries = jax.lax.dynamic_slice_in_dim(padded_q, first, TILE).reshape(TILE, K, G, H)
-        valid = jnp.arange(TILE) < count
+    def attend_chunk(r, state):
+        first_token, end_token = cu_q_lens[r], cu_q_lens[r + 1]
+        context_len = context_lens[r]
+        start = context_len - (end_token - first_token)
+        num_tiles = -(-(end_token - first_token) // tile)
 
-        def attend_page(j, carry):
-            highest, total, acc = carry
-            k, v = k_pages[page_table[row, j]], v_pages[page_table[row, j]]  # [K, page, H]
-            logits = scale * jnp.einsum(
-                "tkgh,ksh->kgts", queries, k, preferred_element_type="float32"
-            )
-            if soft_cap is not None:
-                logits = soft_cap * jnp.tanh(logits / soft_cap)
-            back = positions[:, None] - (j * page_size + jnp.arange(page_size))[None, :]
-            visible = back >= 0 if window is None else (back >= 0) & (back < window)
-            visible = (visible & valid[:, None])[None, None]
-            logits = jnp.where(visible, logits, -jnp.inf)
-            new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
-            shift = jnp.where(jnp.isneginf(new_highest), 0.0, new_highest)
-            weights = jnp.exp(logits - shift[..., None])
-            keep = jnp.exp(highest - shift)
-            update = jnp.einsum("kgts,ksh->kgth", weights, v.astype("float32"))
-            return (
-                new_highest,
-                keep * total + jnp.sum(weights, axis=-1),
-                keep[..., None] * acc + update,
-            )
+        def attend_block(j, state):
+            columns = j * pages + jnp.arange(pages, dtype=jnp.int32)
+            page_ids = page_table[r, jnp.minimum(columns, page_table.shape[1] - 1)][None]
+            k, v = jax.lax.optimization_barrier((take(k_pages, page_ids), take(v_pages, page_ids)))
+            keys = j * block + jnp.arange(block, dtype=jnp.int32)
 
-        rows = (K, G, TILE)
-        start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, H)))
-        num_pages = (positions[0] + count - 1) // page_size + 1
-        highest, total, acc = jax.lax.fori_loop(0, num_pages, attend_page, start)
-        shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-        out = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
-        out = jnp.transpose(out.reshape(N, TILE, H), (1, 0, 2)).astype(q.dtype)
-        lse = jnp.transpose((jnp.log(total) + shift).reshape(N, TILE))
-        # A later tile rewrites what this one leaves past its chunk's end.
-        return (
-            jax.lax.dynamic_update_slice_in_dim(results[0], out, first, axis=0),
-            jax.lax.dynamic_update_slice_in_dim(results[1], lse, first, axis=0),
-        )
+            def attend_tile(t, state):
+                positions = start + t * tile + jnp.arange(tile, dtype=jnp.int32)
+                distance = positions[:, None] - keys[None]
+                visible = (distance >= 0) & (positions < context_len)[:, None]
+                if window is not None:
+                    visible &= distance < window
+                visible = jnp.repeat(visible, G, axis=0, total_repeat_length=G * tile)[None]
+                first_query = (first_token + t * tile) * G
+                q_tile = jax.lax.dynamic_slice_in_dim(queries, first_query, G * tile, axis=2)
+                part = state.slice(first_query, G * tile)
+                part = part.add(logits_of(q_tile, k, visible, soft_cap), v)
+                return state.update(first_query, part)
 
-    results = (jnp.zeros((T + TILE, N, H), q.dtype), jnp.full((T + TILE, N), -jnp.inf))
-    out, lse = jax.lax.fori_loop(0, tile_ends[-1], attend_tile, results)
-    return out[:T], lse[:T]
+            first_tile = jnp.maximum(j * block - start, 0) // tile
+            end_tile = num_tiles
+            if window is not None:
+                end_tile = jnp.minimum(
+                    num_tiles, ((j + 1) * block - 2 + window - start) // tile + 1
+                )
+            return jax.lax.fori_loop(first_tile, end_tile, attend_tile, state)
+
+        first_block = 0 if window is None else jnp.maximum(start - window + 1, 0) // block
+        end_block = jnp.where(num_tiles > 0, -(-context_len // block), 0)
+        return jax.lax.fori_loop(first_block, end_block, attend_block, state)
+
+    # [1, K, (T + tile) * G, H]: the queries of a kv head side by side, one chunk after another.
+    queries = (scale * q.astype(jnp.float32)).reshape(T, K, G, H)
+    queries = jnp.pad(jnp.swapaxes(queries, 0, 1), ((0, 0), (0, tile), (0, 0), (0, 0)))
+    queries = queries.reshape(1, K, (T + tile) * G, H)
+    state = Softmax.empty(*queries.shape)
+    state = jax.lax.fori_loop(0, page_table.shape[0], attend_chunk, state)
+    out, lse = (
+        jnp.swapaxes(x.reshape(K, T + tile, G, -1)[:, :T], 0, 1).reshape(T, N, -1)
+        for x in state.finish()
+    )
+    is_token = (jnp.arange(T, dtype=jnp.int32) < cu_q_lens[-1])[:, None]
+    out = jnp.where(is_token[..., None], out, 0.0)
+    return out.astype(q.dtype), jnp.where(is_token, lse[..., 0], -jnp.inf)
