@@ -9,6 +9,7 @@
 """
 
 import argparse
+import sys
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Self
@@ -16,6 +17,7 @@ from typing import Any, Final, Self
 import grpc
 
 from semipd_jax.client import Prompt
+from semipd_jax.errors import EngineError
 from semipd_jax.request import Delta, Event
 from semipd_server.convert import event_from, prompt_fields, sampling_message
 from semipd_server.pb import inference_pb2 as pb
@@ -188,12 +190,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)
     args = parser.parse_args(argv)
+    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     with Client(args.target) as client:
-        for event in client.generate(
-            args.prompt, max_tokens=args.max_tokens, temperature=args.temperature
-        ):
-            if isinstance(event, Delta):
-                print(event.text, end="", flush=True)
+        try:
+            for event in client.generate(args.prompt, **sampling):
+                if isinstance(event, Delta):
+                    print(event.text, end="", flush=True)
+        except EngineError as error:
+            sys.exit(f"error: {error}")
     print()
 
 

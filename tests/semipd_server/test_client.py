@@ -181,3 +181,8 @@ def test_the_command_prints_a_completion(
 
     asyncio.run(main())
     assert capsys.readouterr().out == "日本 fox\n"
+
+
+def test_the_command_says_what_went_wrong():
+    with pytest.raises(SystemExit, match="error: .*127.0.0.1:1"):
+        client_module.main(["--target", "127.0.0.1:1", "Hi"])
