@@ -121,15 +121,11 @@ class Coordinator:
                 self._to_client(client, self._stats(query_id))
 
     def worker_lost(self, worker_id: str) -> None:
-        """The process is gone for good. Its steps wait for the replacement."""
+        """The process is gone for good, and a replacement is being started."""
+        self._num_restarts += 1
         for workers in self._phases.values():
-            if workers.worker_id != worker_id:
-                continue
-            self._num_restarts += 1
-            ids = workers.lose()
-            _log.warning("%s was lost with %d steps in flight", worker_id, len(ids))
-            self._deliver(self._scheduler.worker_lost(ids, now_s=self._clock()))
-            self._send_steps(workers.phase)
+            if workers.worker_id == worker_id:
+                self._take_back_steps(workers)
 
     def watch(self) -> None:
         """Reports workers that hold a step for too long. Call it every now and then."""
@@ -145,7 +141,7 @@ class Coordinator:
     def _worker_ready(self, message: WorkerReady) -> None:
         workers = self._phases[message.phase]
         if workers.worker_id is not None:
-            self.worker_lost(workers.worker_id)
+            self._take_back_steps(workers)
         workers.worker_id = message.worker_id
         _log.info("%s is ready", message.worker_id)
         self._send_steps(message.phase)
@@ -162,6 +158,12 @@ class Coordinator:
         self._send_steps(phase.phase)
         self._deliver(result)
         self._times.add(time.perf_counter() - started)
+
+    def _take_back_steps(self, workers: PhaseWorkers) -> None:
+        lost, ids = workers.worker_id, workers.lose()
+        _log.warning("%s was lost with %d steps in flight", lost, len(ids))
+        self._deliver(self._scheduler.worker_lost(ids, now_s=self._clock()))
+        self._send_steps(workers.phase)
 
     # ------------------------------------------------------------ plan and send
 

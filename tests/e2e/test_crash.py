@@ -39,35 +39,35 @@ async def tokens_of(engine: AsyncEngine, i: int) -> tuple[int, ...]:
     return result.token_ids
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_streams_go_on_with_the_same_tokens_whichever_worker_dies(compile_cache):
+    """A worker may die at any moment: at work, idle, or while it starts to replace another."""
+
+    async def kill_some(rng: random.Random, running: asyncio.Future, most: int) -> int:
+        kills = 0
+        while kills < most and not running.done():
+            await asyncio.sleep(rng.uniform(0.0, 2.0))
+            worker = engine_processes().get(f"{rng.choice(['prefill', 'decode'])} worker 1.00")
+            if worker is not None:
+                worker.kill()
+                kills += 1
+        return kills
+
     async def run() -> None:
         rng = random.Random(0)
         async with AsyncEngine(
-            str(MODEL_DIR), max_num_seqs=8, max_num_batched_tokens=64,
+            str(MODEL_DIR), max_num_seqs=4, max_num_batched_tokens=64,
             compile_cache_dir=compile_cache,
         ) as engine:  # fmt: skip
             undisturbed = await asyncio.gather(*(tokens_of(engine, i) for i in range(4)))
             kills = 0
             while kills < NUM_KILLS:
                 running = asyncio.gather(*(tokens_of(engine, i) for i in range(4)))
-                while not running.done() and kills < NUM_KILLS:
-                    await asyncio.sleep(rng.uniform(0.0, 0.3))
-                    if running.done():
-                        break
-                    phase = rng.choice(["prefill", "decode"])
-                    worker = engine_processes().get(f"{phase} worker 1.00")
-                    if worker is not None and await is_ready(engine, kills):
-                        worker.kill()
-                        kills += 1
-                assert list(await running) == list(undisturbed)
+                kills += await kill_some(rng, running, NUM_KILLS - kills)
+                assert await asyncio.wait_for(running, 120) == undisturbed
             stats = await engine.stats()
             assert stats.num_worker_restarts == NUM_KILLS
             assert stats.num_free_pages == stats.num_pages
-
-    async def is_ready(engine: AsyncEngine, kills: int) -> bool:
-        """The last kill was noticed: a worker killed while starting again counts as one loss."""
-        return (await engine.stats()).num_worker_restarts == kills
 
     asyncio.run(run())
 
