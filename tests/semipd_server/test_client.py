@@ -184,5 +184,5 @@ def test_the_command_prints_a_completion(
 
 
 def test_the_command_says_what_went_wrong():
-    with pytest.raises(SystemExit, match="error: .*127.0.0.1:1"):
+    with pytest.raises(SystemExit, match=r"error: .*127\.0\.0\.1:1"):
         client_module.main(["--target", "127.0.0.1:1", "Hi"])
