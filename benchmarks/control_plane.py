@@ -147,9 +147,10 @@ async def _run(client: AsyncClient, run_dir: str, args: argparse.Namespace) -> R
         seed=0,
     )
     stats, cpu, start_s = _stats(run_dir), cpu_seconds("client"), time.perf_counter()
-    records, _ = await run_load(planned, sender(client), request_timeout_s=_TIMEOUT_S)
+    done = await run_load(planned, sender(client), request_timeout_s=_TIMEOUT_S)
     elapsed_s = time.perf_counter() - start_s
     stats_after, cpu_after = _stats(run_dir), cpu_seconds("client")
+    records = done.records
     _check(records)
     num_tokens = sum(r.num_output_tokens for r in records)
     itl = distribution_ms(gap for r in records for gap in itl_s(r))

@@ -43,10 +43,18 @@ class GeneratorHealth:
     cpu_share: float
 
 
+@dataclass(frozen=True, slots=True)
+class LoadRun:
+    """`records` in the order in which the requests were due."""
+
+    records: list[RequestRecord]
+    health: GeneratorHealth
+
+
 async def run_load(
     planned: Sequence[PlannedRequest], send: Send, *, request_timeout_s: float
-) -> tuple[list[RequestRecord], GeneratorHealth]:
-    """Sends everything when it is due; returns when every request has ended, in that order.
+) -> LoadRun:
+    """Sends everything when it is due; returns when every request has ended.
 
     A request that takes longer than `request_timeout_s` is given up as DEADLINE_EXCEEDED.
     """
@@ -70,7 +78,7 @@ async def run_load(
         loop_lag_ms=distribution_ms(oversleeps),
         cpu_share=(time.process_time() - cpu_s) / elapsed_s,
     )
-    return records, health
+    return LoadRun(records, health)
 
 
 async def _run_one(

@@ -74,16 +74,27 @@ class Distribution:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """Rates are per second from the first send to the last end of a stream."""
+class Latencies:
+    """Of successful requests; None where nothing was measured."""
 
-    num_requests: int
-    failures: dict[str, int]
-    duration_s: float
     ttft_ms: Distribution | None
     tpot_ms: Distribution | None
     itl_ms: Distribution | None
     e2e_ms: Distribution | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Of one run. Rates are per second from the first send to the last end of a stream.
+
+    Attributes:
+      failures: number of failed requests by status.
+    """
+
+    num_requests: int
+    failures: dict[str, int]
+    duration_s: float
+    latencies: Latencies
     num_prompt_tokens: int
     num_output_tokens: int
     requests_per_s: float
@@ -129,6 +140,16 @@ def distribution_ms(seconds: Iterable[float | None]) -> Distribution | None:
     return Distribution(float(values.mean()), p50, p90, p99, values.size)
 
 
+def latencies(records: Iterable[RequestRecord]) -> Latencies:
+    served = [r for r in records if r.status == OK]
+    return Latencies(
+        ttft_ms=distribution_ms(map(ttft_s, served)),
+        tpot_ms=distribution_ms(map(tpot_s, served)),
+        itl_ms=distribution_ms(gap for r in served for gap in itl_s(r)),
+        e2e_ms=distribution_ms(map(e2e_s, served)),
+    )
+
+
 def summarise(records: Sequence[RequestRecord], slo: Slo) -> Summary:
     """Raises ValueError if there are no records."""
     if not records:
@@ -141,10 +162,7 @@ def summarise(records: Sequence[RequestRecord], slo: Slo) -> Summary:
         num_requests=len(records),
         failures=dict(Counter(r.status for r in records if r.status != OK)),
         duration_s=duration,
-        ttft_ms=distribution_ms(map(ttft_s, served)),
-        tpot_ms=distribution_ms(map(tpot_s, served)),
-        itl_ms=distribution_ms(gap for r in served for gap in itl_s(r)),
-        e2e_ms=distribution_ms(map(e2e_s, served)),
+        latencies=latencies(records),
         num_prompt_tokens=prompt,
         num_output_tokens=output,
         requests_per_s=len(served) / duration,

@@ -13,10 +13,10 @@ def planned(arrival_s: float, output_len: int = 3) -> PlannedRequest:
 
 
 def run(requests: list[PlannedRequest], send: Send, timeout_s: float = 30) -> list[RequestRecord]:
-    records, health = asyncio.run(run_load(requests, send, request_timeout_s=timeout_s))
-    assert health.send_lag_ms is not None
-    assert health.send_lag_ms.count == len(requests)
-    return records
+    done = asyncio.run(run_load(requests, send, request_timeout_s=timeout_s))
+    assert done.health.send_lag_ms is not None
+    assert done.health.send_lag_ms.count == len(requests)
+    return done.records
 
 
 def test_records_what_came() -> None:

@@ -98,15 +98,21 @@ def test_summary_counts_failures_as_misses_and_nothing_else() -> None:
     assert found.output_tokens_per_s == pytest.approx(6 / 8)
     assert found.total_tokens_per_s == pytest.approx(206 / 8)
     assert found.slo_attainment == pytest.approx(1 / 5)
-    assert found.ttft_ms is not None
-    assert found.ttft_ms.mean == pytest.approx(1000)
-    assert found.tpot_ms is not None
-    assert found.tpot_ms.p50 == pytest.approx(1250)
-    assert found.itl_ms is not None
-    assert found.itl_ms.count == 4  # pooled: 1, 1, 2, 1 seconds
-    assert found.itl_ms.mean == pytest.approx(1250)
-    assert found.e2e_ms is not None
-    assert found.e2e_ms.mean == pytest.approx(4000)
+    ttft, tpot, itl, e2e = (
+        found.latencies.ttft_ms,
+        found.latencies.tpot_ms,
+        found.latencies.itl_ms,
+        found.latencies.e2e_ms,
+    )
+    assert ttft is not None
+    assert ttft.mean == pytest.approx(1000)
+    assert tpot is not None
+    assert tpot.p50 == pytest.approx(1250)
+    assert itl is not None
+    assert itl.count == 4  # pooled: 1, 1, 2, 1 seconds
+    assert itl.mean == pytest.approx(1250)
+    assert e2e is not None
+    assert e2e.mean == pytest.approx(4000)
 
 
 def test_summary_of_nothing_is_refused() -> None:
