@@ -55,7 +55,8 @@ def require_queries(q: Array, k_pages: Array) -> None:
 def require_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:
     """The options that both attention ops share."""
     require(scale is None or scale > 0, "scale", scale, "above 0, or None")
-    require(window is None or window >= 1, "window", window, "at least 1, or None")
+    ok = window is None or 1 <= window <= 2**30
+    require(ok, "window", window, "1 to 2**30, or None")
     require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "above 0, or None")
 
 

@@ -4,15 +4,15 @@ For each chunk, block after block of its keys is gathered once and attended by e
 queries that sees it; each query keeps a running softmax. The work grows with the visible (query,
 key) pairs, in steps of a tile and a block.
 
-A chunk's last tile reaches past its end. The queries there see no key, so they add nothing that
-outlives the first real key of the chunk they belong to (`blocks.LOWEST`).
+A chunk's last tile reaches past its end. The queries there see no key, so what they add is
+forgotten at the first key that they do see, when their own chunk has its turn (`blocks.LOWEST`).
 """
 
 from typing import Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kernels_pallas.blocks import Softmax, logits_of, take
 
@@ -43,10 +43,14 @@ def paged_prefill_attention(
     pages = max(1, block // page_size)
     block = pages * page_size
 
+    # [1, K, (T + tile) * G, H]: the queries of a kv head side by side, one chunk after another.
+    queries = (scale * q.astype(jnp.float32)).reshape(T, K, G, H)
+    queries = jnp.pad(jnp.swapaxes(queries, 0, 1), ((0, 0), (0, tile), (0, 0), (0, 0)))
+    queries = queries.reshape(1, K, (T + tile) * G, H)
+
     def attend_chunk(r, state):
         first_token, end_token = cu_q_lens[r], cu_q_lens[r + 1]
-        context_len = context_lens[r]
-        start = context_len - (end_token - first_token)
+        start = context_lens[r] - (end_token - first_token)
         num_tiles = -(-(end_token - first_token) // tile)
 
         def attend_block(j, state):
@@ -56,40 +60,42 @@ def paged_prefill_attention(
             keys = j * block + jnp.arange(block, dtype=jnp.int32)
 
             def attend_tile(t, state):
-                positions = start + t * tile + jnp.arange(tile, dtype=jnp.int32)
-                distance = positions[:, None] - keys[None]
-                visible = (distance >= 0) & (positions < context_len)[:, None]
-                if window is not None:
-                    visible &= distance < window
-                visible = jnp.repeat(visible, G, axis=0, total_repeat_length=G * tile)[None]
                 first_query = (first_token + t * tile) * G
-                q_tile = jax.lax.dynamic_slice_in_dim(queries, first_query, G * tile, axis=2)
-                part = state.slice(first_query, G * tile)
-                part = part.add(logits_of(q_tile, k, visible, soft_cap), v)
-                return state.update(first_query, part)
+                positions = start + t * tile + jnp.arange(tile, dtype=jnp.int32)
+                visible = _visible(positions, keys, context_lens[r], window)
+                visible = jnp.repeat(visible, G, axis=0, total_repeat_length=tile * G)[None]
+                q_tile = jax.lax.dynamic_slice_in_dim(queries, first_query, tile * G, axis=2)
+                logits = logits_of(q_tile, k, visible, soft_cap)
+                return state.update(first_query, state.slice(first_query, tile * G).add(logits, v))
 
             first_tile = jnp.maximum(j * block - start, 0) // tile
             end_tile = num_tiles
             if window is not None:
-                end_tile = jnp.minimum(
-                    num_tiles, ((j + 1) * block - 2 + window - start) // tile + 1
-                )
+                last_position = (j + 1) * block - 2 + window
+                end_tile = jnp.minimum(end_tile, (last_position - start) // tile + 1)
             return jax.lax.fori_loop(first_tile, end_tile, attend_tile, state)
 
         first_block = 0 if window is None else jnp.maximum(start - window + 1, 0) // block
-        end_block = jnp.where(num_tiles > 0, -(-context_len // block), 0)
+        end_block = jnp.where(num_tiles > 0, -(-context_lens[r] // block), 0)
         return jax.lax.fori_loop(first_block, end_block, attend_block, state)
 
-    # [1, K, (T + tile) * G, H]: the queries of a kv head side by side, one chunk after another.
-    queries = (scale * q.astype(jnp.float32)).reshape(T, K, G, H)
-    queries = jnp.pad(jnp.swapaxes(queries, 0, 1), ((0, 0), (0, tile), (0, 0), (0, 0)))
-    queries = queries.reshape(1, K, (T + tile) * G, H)
     state = Softmax.empty(*queries.shape)
     state = jax.lax.fori_loop(0, page_table.shape[0], attend_chunk, state)
-    out, lse = (
-        jnp.swapaxes(x.reshape(K, T + tile, G, -1)[:, :T], 0, 1).reshape(T, N, -1)
-        for x in state.finish()
-    )
+    out, lse = state.finish()
+    out = jnp.swapaxes(out.reshape(K, -1, G, H)[:, :T], 0, 1).reshape(T, N, H)
+    lse = jnp.swapaxes(lse.reshape(K, -1, G)[:, :T], 0, 1).reshape(T, N)
     is_token = (jnp.arange(T, dtype=jnp.int32) < cu_q_lens[-1])[:, None]
-    out = jnp.where(is_token[..., None], out, 0.0)
-    return out.astype(q.dtype), jnp.where(is_token, lse[..., 0], -jnp.inf)
+    out = jnp.where(is_token[..., None], out, 0.0).astype(q.dtype)
+    return out, jnp.where(is_token, lse, -jnp.inf)
+
+
+def _visible(
+    positions: Int32[Array, " T"],
+    keys: Int32[Array, " S"],
+    context_len: Int32[Array, ""],
+    window: int | None,
+) -> Bool[Array, "T S"]:
+    """Which keys each query sees; a query past the end of the context sees none."""
+    distance = positions[:, None] - keys[None]
+    visible = (distance >= 0) & (positions < context_len)[:, None]
+    return visible if window is None else visible & (distance < window)
