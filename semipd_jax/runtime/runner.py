@@ -4,10 +4,11 @@ Steps run on the device in the order of dispatch, because each takes the state t
 it returns. Nothing is compiled here, and no eager jax operation runs: host work is NumPy.
 """
 
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -77,14 +78,12 @@ class StepRunner:
         self._params = jax.tree.leaves(params)
         self._state = state
         self._addresses = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
-        self._programs: dict[Bucket, Any] = {}
-        self._no_bias: dict[Bucket, Array] = {}
-        on_progress(0)
-        for bucket in buckets:
-            program = compile_step(phase, graphdef, params, state, bucket, platform)
-            self._programs[bucket] = program
-            self._no_bias[bucket] = jax.device_put(pack_bias(None, bucket))
-            on_progress(len(self._programs))
+        self._no_bias = {b: jax.device_put(pack_bias(None, b)) for b in buckets}
+        self._programs = _compile_all(
+            lambda bucket: compile_step(phase, graphdef, params, state, bucket, platform),
+            buckets,
+            on_progress,
+        )
         for bucket in buckets:
             padding = STEP_KINDS[phase].packing(bucket).padding
             jax.block_until_ready(self._execute(bucket, padding, self._no_bias[bucket]))
@@ -109,6 +108,25 @@ class StepRunner:
         for array, address in zip(jax.tree.leaves(self._state), self._addresses, strict=True):
             check_result(array, address)
         return output
+
+
+def _compile_all(
+    compile_one: Callable[[Bucket], jax.stages.Compiled],
+    buckets: tuple[Bucket, ...],
+    on_progress: Callable[[int], None],
+) -> dict[Bucket, jax.stages.Compiled]:
+    """Compiles every bucket, on as many threads as this process has cores."""
+    on_progress(0)
+    programs: dict[Bucket, jax.stages.Compiled] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile") as pool:
+        pending = {pool.submit(compile_one, bucket): bucket for bucket in buckets}
+        try:
+            for future in as_completed(pending):
+                programs[pending[future]] = future.result()
+                on_progress(len(programs))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return programs
 
 
 def _wants_logprobs(step: Step) -> bool:

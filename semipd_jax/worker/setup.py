@@ -42,11 +42,6 @@ def build_runner(
     layers = [state["layers"][i] for i in range(spec.num_layers)]
     buckets = _buckets(config, layout, phase)
 
-    def report(num_compiled: int) -> None:
-        bucket = buckets[min(num_compiled, len(buckets) - 1)]
-        detail = f"{bucket.num_tokens} tokens in {bucket.num_rows} rows"
-        child.progress("compile", num_compiled, len(buckets), detail)
-
     runner = StepRunner(
         phase,
         graphdef,
@@ -54,7 +49,7 @@ def build_runner(
         SharedState(layers=layers, tokens=state["tokens"]),
         buckets,
         platform=config.platform,
-        on_progress=report,
+        on_progress=lambda done: child.progress("compile", done, len(buckets)),
     )
     return runner, CompileCounter()
 
