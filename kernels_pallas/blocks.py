@@ -104,7 +104,7 @@ def take(
 def logits_of(
     q: Float32[Array, "W K G H"],
     k: Float32[Array, "W K n page H"],
-    visible: Bool[Array, "W G S"],
+    visible: Bool[Array, "W #G S"],
     soft_cap: float | None,
 ) -> Float32[Array, "W K G S"]:
     """Logits of scaled queries for all keys of their blocks."""
