@@ -1,0 +1,177 @@
+"""`python -m semipd_jax.serve` as a user runs it."""
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from semipd_jax.errors import EngineError
+from semipd_jax.request import Delta, Finished, FinishReason
+from semipd_server.client import Client
+
+SMALL = ("--max-num-seqs=4", "--max-num-batched-tokens=64", "--port=0")
+
+
+class Server:
+    def __init__(self, log: Path, *flags: str) -> None:
+        self._log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "semipd_jax.serve", *flags], stderr=file
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, pattern: str, *, timeout_s: float = 240.0) -> re.Match[str]:
+        deadline = time.monotonic() + timeout_s
+        while (found := re.search(pattern, self.log)) is None:
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, f"{pattern!r} is not in the log:\n{self.log}"
+            time.sleep(0.05)
+        return found
+
+    def family(self) -> dict[str, psutil.Process]:
+        return {
+            " ".join(p.cmdline()).strip().removeprefix("semipd: "): p
+            for p in psutil.Process(self.process.pid).children()
+        }
+
+
+@pytest.fixture
+def server(tmp_path, compile_cache) -> Iterator[Server]:
+    server = Server(tmp_path / "log", *SMALL, "--compile-cache-dir", compile_cache)
+    try:
+        yield server
+    finally:
+        with contextlib.suppress(psutil.Error):
+            for process in server.family().values():
+                process.kill()
+        server.process.kill()
+        server.process.wait(10)
+
+
+@pytest.fixture
+def running(server: Server) -> tuple[Server, str]:
+    return server, server.wait_for(r"is served at (\S+) after")[1]
+
+
+def health(target: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+    with grpc.insecure_channel(target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status
+
+
+def test_serves_then_drains_at_sigterm(running):
+    server, target = running
+    assert health(target) == health_pb2.HealthCheckResponse.SERVING
+    assert re.search(r"KV cache: [\d,]+ tokens", server.log)
+    assert "python -m semipd_server.client --target" in server.log
+    with Client(target) as client:
+        assert client.complete("def main():\n", max_tokens=20, temperature=0.0)
+        family = list(server.family().values())
+        events = client.generate([5, 6, 7], max_tokens=300, ignore_eos=True)
+        assert next(events) is not None
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopping")
+        with pytest.raises(EngineError), Client(target) as late:
+            late.complete("too late", max_tokens=1)
+        ended = [*events][-1]
+        assert isinstance(ended, Finished)
+        assert ended.reason is FinishReason.LENGTH, "a running request did not finish"
+    assert server.process.wait(30) == 0
+    assert not psutil.wait_procs(family, timeout=5)[1]
+
+
+def test_second_signal_ends_now(running):
+    server, target = running
+    family = list(server.family().values())
+    with Client(target) as client:
+        events = client.generate([5, 6, 7], max_tokens=1500, ignore_eos=True)
+        next(events)
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("stopping")
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(15)
+        with pytest.raises(EngineError):
+            for _ in events:
+                pass
+    assert not psutil.wait_procs(family, timeout=5)[1]
+
+
+@pytest.mark.parametrize("name", ["front end", "coordinator", "memory owner"])
+def test_death_of_a_process_that_cannot_be_replaced_ends_the_server(running, name):
+    server, target = running
+    family = server.family()
+    outcome: list[object] = []
+
+    def stream() -> None:
+        with Client(target) as client:
+            try:
+                outcome.extend(client.generate([5, 6, 7], max_tokens=1500, ignore_eos=True))
+            except EngineError as error:
+                outcome.append(error)
+
+    streaming = threading.Thread(target=stream)
+    streaming.start()
+    server.wait_for("")
+    family[name].kill()
+    assert server.process.wait(20) == 1
+    streaming.join(20)
+    assert not streaming.is_alive(), "the client hangs"
+    assert isinstance(outcome[-1], EngineError)
+    assert f"{name} was killed by signal 9" in server.log
+    assert not psutil.wait_procs(list(family.values()), timeout=5)[1]
+
+
+def test_bad_flags_are_refused_before_anything_starts(capfd):
+    def run(*flags: str) -> str:
+        command = [sys.executable, "-m", "semipd_jax.serve", *flags]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 2
+        return result.stderr
+
+    assert "decode_share is 1.5; allowed: above 0 and at most 1" in run("--decode-share=1.5")
+    assert "never runs code" in run("--trust-remote-code")
+    assert "invalid choice: 'int3'" in run("--dtype=int3")
+
+
+def test_a_bad_model_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    server = Server(tmp_path / "log", "--model", str(tmp_path), "--port=0")
+    assert server.process.wait(60) == 1
+    assert "GPT2LMHeadModel" in server.log
+    assert "LlamaForCausalLM" in server.log
+
+
+def test_a_port_in_use_is_refused_with_the_reason(tmp_path, running):
+    _, target = running
+    second = Server(tmp_path / "second", f"--port={target.rsplit(':', 1)[1]}")
+    assert second.process.wait(60) == 1
+    assert "in use" in second.log.lower()
+
+
+def test_text_of_a_stream_is_the_text_of_its_tokens(running):
+    _, target = running
+    with Client(target) as client:
+        for prompt in ("def f(x):\n    return ", "# Grüße, 世界 🌍\n"):
+            deltas = [
+                e
+                for e in client.generate(prompt, max_tokens=40, temperature=0.0)
+                if isinstance(e, Delta)
+            ]
+            tokens = [t for delta in deltas for t in delta.token_ids]
+            before = client.tokenize(prompt)
+            whole = client.detokenize([*before, *tokens])
+            assert client.detokenize(before) + "".join(d.text for d in deltas) == whole
