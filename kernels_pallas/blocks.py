@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 LOWEST: Final = -1e30
-"""Logit of a key that is not visible: finite, so that no NaN can come of it."""
+"""Largest logit where no key was seen: finite, so that exp(-inf - LOWEST) is 0 and not NaN."""
 
 LANES: Final = 32
 """Width of partial sums over H: LLVM unrolls a shorter loop and then fails to vectorise it."""
@@ -83,9 +83,11 @@ class Softmax(NamedTuple):
         )
 
     def finish(self) -> tuple[Float32[Array, "W K G H"], Float32[Array, "W K G"]]:
-        """(out, lse) of attention over everything that was added."""
-        total = jnp.where(self.total == 0.0, 1.0, self.total)
-        return self.acc / total[..., None], jnp.log(total) + self.highest
+        """(out, lse) of everything that was added; (0, -inf) where no key was visible."""
+        seen = self.total > 0.0
+        total = jnp.where(seen, self.total, 1.0)
+        lse = jnp.where(seen, jnp.log(total) + self.highest, -jnp.inf)
+        return self.acc / total[..., None], lse
 
 
 def take(
@@ -104,14 +106,14 @@ def take(
 def logits_of(
     q: Float32[Array, "W K G H"],
     k: Float32[Array, "W K n page H"],
-    visible: Bool[Array, "W #G S"],
+    visible: Bool[Array, "W ... S"],
     soft_cap: float | None,
 ) -> Float32[Array, "W K G S"]:
-    """Logits of scaled queries for all keys of their blocks."""
+    """Logits of scaled queries for all keys of their blocks, -inf where a key is not visible."""
     logits = dot_keys(q, k)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    return jnp.where(visible[:, None], logits, LOWEST)
+    return jnp.where(visible[:, None], logits, -jnp.inf)
 
 
 def dot_keys(

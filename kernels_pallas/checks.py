@@ -34,8 +34,8 @@ def require_array(name: str, array: Array, shape: tuple[int | None, ...], *dtype
 def require_pages(k_pages: Array, v_pages: Array) -> None:
     """k_pages and v_pages are [P, K, page_size, H], alike, floating point and not empty."""
     require_array("k_pages", k_pages, (None,) * 4, *FLOAT_DTYPES)
-    require_array("v_pages", v_pages, k_pages.shape, k_pages.dtype.name)
     require(k_pages.size > 0, "k_pages.shape", k_pages.shape, "no dimension of size 0")
+    require_array("v_pages", v_pages, k_pages.shape, k_pages.dtype.name)
 
 
 def require_queries(q: Array, k_pages: Array) -> None:
@@ -44,19 +44,22 @@ def require_queries(q: Array, k_pages: Array) -> None:
     require_array("q", q, (None, None, head_dim), k_pages.dtype.name)
     require(q.size > 0, "q.shape", q.shape, "no dimension of size 0")
     heads = q.shape[1]
-    require(
-        heads % kv_heads == 0,
-        "query heads (q.shape[1])",
-        heads,
-        f"multiples of {kv_heads} kv heads",
-    )
+    allowed = f"multiples of {kv_heads} kv heads"
+    require(heads % kv_heads == 0, "query heads (q.shape[1])", heads, allowed)
+
+
+def require_rows(page_table: Array, context_lens: Array, num_rows: int | None) -> None:
+    """page_table is [rows, pages] and context_lens [rows], both int32 and not empty."""
+    require_array("page_table", page_table, (num_rows, None), "int32")
+    require(page_table.size > 0, "page_table.shape", page_table.shape, "no dimension of size 0")
+    require_array("context_lens", context_lens, page_table.shape[:1], "int32")
 
 
 def require_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:
     """The options that both attention ops share."""
     require(scale is None or scale > 0, "scale", scale, "above 0, or None")
-    ok = window is None or 1 <= window <= 2**30
-    require(ok, "window", window, "1 to 2**30, or None")
+    fits = window is None or 1 <= window <= 2**30
+    require(fits, "window", window, "1 to 2**30, or None")
     require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "above 0, or None")
 
 

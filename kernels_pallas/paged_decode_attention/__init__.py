@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.checks import (
     Implementation,
     choose,
-    require_array,
     require_options,
     require_pages,
     require_queries,
+    require_rows,
 )
 from kernels_pallas.paged_decode_attention import reference
 
@@ -59,8 +59,7 @@ def paged_decode_attention(
     """
     require_pages(k_pages, v_pages)
     require_queries(q, k_pages)
-    require_array("page_table", page_table, (q.shape[0], None), "int32")
-    require_array("context_lens", context_lens, q.shape[:1], "int32")
+    require_rows(page_table, context_lens, q.shape[0])
     require_options(scale, window, soft_cap)
     return choose(IMPLEMENTATIONS, implementation)(
         q,

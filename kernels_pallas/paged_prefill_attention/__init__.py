@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.checks import (
     Implementation,
     choose,
-    require,
     require_array,
     require_options,
     require_pages,
     require_queries,
+    require_rows,
 )
 from kernels_pallas.paged_prefill_attention import reference
 
@@ -64,11 +64,8 @@ def paged_prefill_attention(
     """
     require_pages(k_pages, v_pages)
     require_queries(q, k_pages)
-    require_array("page_table", page_table, (None, None), "int32")
-    num_chunks = page_table.shape[0]
-    require(num_chunks >= 1, "page_table.shape", page_table.shape, "at least one chunk")
-    require_array("cu_q_lens", cu_q_lens, (num_chunks + 1,), "int32")
-    require_array("context_lens", context_lens, (num_chunks,), "int32")
+    require_rows(page_table, context_lens, None)
+    require_array("cu_q_lens", cu_q_lens, (page_table.shape[0] + 1,), "int32")
     require_options(scale, window, soft_cap)
     return choose(IMPLEMENTATIONS, implementation)(
         q,

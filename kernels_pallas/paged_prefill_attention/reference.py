@@ -2,10 +2,8 @@
 
 For each chunk, block after block of its keys is gathered once and attended by every tile of its
 queries that sees it; each query keeps a running softmax. The work grows with the visible (query,
-key) pairs, in steps of a tile and a block.
-
-A chunk's last tile reaches past its end. The queries there see no key, so what they add is
-forgotten at the first key that they do see, when their own chunk has its turn (`blocks.LOWEST`).
+key) pairs, in steps of a tile and a block. A chunk's last tile may reach into the next chunk or
+into padding: the queries there see no key, and nothing is added to them.
 """
 
 from typing import Final
@@ -84,9 +82,7 @@ def paged_prefill_attention(
     out, lse = state.finish()
     out = jnp.swapaxes(out.reshape(K, -1, G, H)[:, :T], 0, 1).reshape(T, N, H)
     lse = jnp.swapaxes(lse.reshape(K, -1, G)[:, :T], 0, 1).reshape(T, N)
-    is_token = (jnp.arange(T, dtype=jnp.int32) < cu_q_lens[-1])[:, None]
-    out = jnp.where(is_token[..., None], out, 0.0).astype(q.dtype)
-    return out, jnp.where(is_token, lse, -jnp.inf)
+    return out.astype(q.dtype), lse
 
 
 def _visible(

@@ -1,0 +1,97 @@
+"""Every op refuses what it cannot do, and says which argument is wrong."""
+
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas import (
+    kv_write,
+    merge_attention,
+    paged_decode_attention,
+    paged_prefill_attention,
+)
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def zeros(*shape):
+    return jnp.zeros(shape)
+
+
+def ints(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+VALID = {
+    paged_decode_attention: {
+        "q": zeros(3, 4, 16),
+        "k_pages": zeros(5, 2, 8, 16),
+        "v_pages": zeros(5, 2, 8, 16),
+        "page_table": ints(3, 2),
+        "context_lens": ints(3),
+    },
+    paged_prefill_attention: {
+        "q": zeros(9, 4, 16),
+        "k_pages": zeros(5, 2, 8, 16),
+        "v_pages": zeros(5, 2, 8, 16),
+        "cu_q_lens": ints(4),
+        "page_table": ints(3, 2),
+        "context_lens": ints(3),
+    },
+    kv_write: {
+        "k_pages": zeros(5, 2, 8, 16),
+        "v_pages": zeros(5, 2, 8, 16),
+        "k": zeros(3, 2, 16),
+        "v": zeros(3, 2, 16),
+        "slot_mapping": ints(3),
+    },
+    merge_attention: {"outs": zeros(2, 3, 4, 16), "lses": zeros(2, 3, 4)},
+}
+ATTENTION = (paged_decode_attention, paged_prefill_attention)
+WITH_PAGES = (*ATTENTION, kv_write)
+
+WRONG = [
+    *((op, "k_pages", zeros(5, 2, 8), ValueError) for op in WITH_PAGES),
+    *((op, "k_pages", ints(5, 2, 8, 16), TypeError) for op in WITH_PAGES),
+    *((op, "k_pages", zeros(5, 2, 0, 16), ValueError) for op in WITH_PAGES),
+    *((op, "v_pages", zeros(5, 2, 4, 16), ValueError) for op in WITH_PAGES),
+    *((op, "v_pages", zeros(5, 2, 8, 16).astype("bfloat16"), TypeError) for op in WITH_PAGES),
+    *((op, "q", zeros(3, 4, 32), ValueError) for op in ATTENTION),
+    *((op, "q", zeros(3, 4, 16).astype("float16"), TypeError) for op in ATTENTION),
+    *((op, "q", zeros(3, 3, 16), ValueError) for op in ATTENTION),
+    *((op, "q", zeros(0, 4, 16), ValueError) for op in ATTENTION),
+    *((op, "page_table", ints(6), ValueError) for op in ATTENTION),
+    *((op, "page_table", ints(3, 0), ValueError) for op in ATTENTION),
+    *((op, "page_table", zeros(3, 2), TypeError) for op in ATTENTION),
+    *((op, "context_lens", ints(2), ValueError) for op in ATTENTION),
+    *((op, "context_lens", zeros(3), TypeError) for op in ATTENTION),
+    *((op, "scale", 0.0, ValueError) for op in ATTENTION),
+    *((op, "window", 0, ValueError) for op in ATTENTION),
+    *((op, "soft_cap", -1.0, ValueError) for op in ATTENTION),
+    *((op, "implementation", "triton", ValueError) for op in VALID),
+    (paged_decode_attention, "page_table", ints(4, 2), ValueError),
+    (paged_prefill_attention, "page_table", ints(0, 2), ValueError),
+    (paged_prefill_attention, "cu_q_lens", ints(3), ValueError),
+    (paged_prefill_attention, "cu_q_lens", zeros(4), TypeError),
+    (kv_write, "k", zeros(3, 4, 16), ValueError),
+    (kv_write, "k", zeros(3, 2, 16).astype("bfloat16"), TypeError),
+    (kv_write, "v", zeros(4, 2, 16), ValueError),
+    (kv_write, "slot_mapping", ints(2), ValueError),
+    (kv_write, "slot_mapping", zeros(3), TypeError),
+    (merge_attention, "outs", zeros(3, 16), ValueError),
+    (merge_attention, "outs", zeros(0, 3, 4, 16), ValueError),
+    (merge_attention, "outs", ints(2, 3, 4, 16), TypeError),
+    (merge_attention, "lses", zeros(2, 3), ValueError),
+    (merge_attention, "lses", zeros(2, 3, 4).astype("bfloat16"), TypeError),
+]
+
+
+@pytest.mark.parametrize("op", VALID, ids=lambda op: op.__name__)
+def test_the_arguments_that_the_wrong_ones_replace_are_right(op):
+    op(**VALID[op])
+    op(**VALID[op], implementation="reference")
+
+
+@pytest.mark.parametrize(("op", "name", "value", "error"), WRONG)
+def test_a_wrong_argument_is_named(op, name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b.*allowed: "):
+        op(**{**VALID[op], name: value})
