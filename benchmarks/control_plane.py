@@ -64,12 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     result = common.header(vars(args))
     result["coordinator_step_ms"] = _measure_coordinator()
-    for name, step_s in (
-        ("workers answer at once", 0.0),
-        (f"workers paced at {args.rate:,.0f} tokens/s", args.streams / args.rate),
-    ):
+    for name, step_s in (("at once", 0.0), ("paced", args.streams / args.rate)):
         runs = _measure_processes(args, step_s)
-        print(f"\n{name}: {args.streams} streams, {args.repeat} repetitions")
+        print(f"\nworkers answer {name}: {args.streams} streams, {args.repeat} repetitions")
         _print_runs(runs)
         result[name] = [asdict(run) for run in runs]
     if args.json:

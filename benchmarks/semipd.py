@@ -93,4 +93,4 @@ def _free_port() -> int:
 def _status(error: BaseException) -> str:
     """Name of the gRPC status that the client turned into `error`."""
     cause = error if isinstance(error, grpc.RpcError) else error.__cause__
-    return cause.code().name if isinstance(cause, grpc.Call) else type(error).__name__
+    return cause.code().name if isinstance(cause, grpc.aio.AioRpcError) else type(error).__name__
