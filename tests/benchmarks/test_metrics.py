@@ -20,7 +20,7 @@ def record(
     *arrivals: tuple[float, int], sent: float = 10.0, finished: float = 0.0, status: str = "OK"
 ) -> RequestRecord:
     return RequestRecord(
-        scheduled_s=sent,
+        scheduled_s=sent - 0.25,  # sent late: latencies count from the sending
         sent_s=sent,
         num_prompt_tokens=100,
         arrivals=[Arrival(at, tokens) for at, tokens in arrivals],
