@@ -23,7 +23,7 @@ def print_runs(runs: Sequence[LoadRun], slo: Slo) -> None:
         ],
     )
     summaries = [summarise(run.records, slo) for run in runs]
-    print(f"\n{len(runs)} runs of {summaries[0].num_requests} requests")
+    print(f"\nruns: {len(runs)}, of {summaries[0].num_requests} requests each")
     columns = {
         "requests/s": [s.requests_per_s for s in summaries],
         "output tokens/s": [s.output_tokens_per_s for s in summaries],
