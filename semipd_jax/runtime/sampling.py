@@ -75,13 +75,16 @@ def draw(
     """A random token of each row at its temperature, truncated, by (seed, position)."""
     temperature = jnp.maximum(sampling.temperature, _GREEDY_BELOW)
     scores = (logits - jnp.max(logits, axis=1, keepdims=True)) / temperature[:, None]
+    weights = jnp.exp(scores)
     truncates = (sampling.top_k > 0) | (sampling.top_p < 1.0) | (sampling.min_p > 0.0)
     least = lax.cond(
         jnp.any(truncates),
-        lambda: truncation.threshold(scores, sampling.top_k, sampling.top_p, sampling.min_p),
+        lambda: truncation.threshold(
+            scores, weights, sampling.top_k, sampling.top_p, sampling.min_p
+        ),
         lambda: jnp.full_like(temperature, -jnp.inf),
     )
-    weights = jnp.where(scores >= least[:, None], jnp.exp(scores), 0.0)
+    weights = jnp.where(scores >= least[:, None], weights, 0.0)
     return selection.categorical(weights, *rng.uniform_pair(sampling.seed, positions))
 
 

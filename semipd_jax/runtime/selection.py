@@ -8,6 +8,7 @@ cumulative sum over the vocabulary.
 from typing import Final
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
@@ -39,9 +40,8 @@ def cumulative(x: Float32[Array, "B n"]) -> Float32[Array, "B n"]:
 
     XLA takes ten times as long to compile `jnp.cumsum`, and every program has three of these.
     """
-    n = jnp.arange(x.shape[1], dtype=jnp.int32)
-    triangle = (n[:, None] <= n[None, :]).astype(jnp.float32)
-    return lax.dot(x, triangle, precision=lax.Precision.HIGHEST)
+    triangle = np.triu(np.ones((x.shape[1], x.shape[1]), np.float32))
+    return lax.dot(x, jnp.asarray(triangle), precision=lax.Precision.HIGHEST)
 
 
 def _invert_cdf(mass: Float32[Array, "B n"], u: Float32[Array, " B"]) -> Int32[Array, " B"]:

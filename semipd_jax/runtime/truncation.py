@@ -22,6 +22,7 @@ _NEGLIGIBLE: Final = -104.0  # exp of it is 0 in float32
 
 def threshold(
     scores: Float32[Array, "B V"],
+    weights: Float32[Array, "B V"],
     top_k: Int32[Array, " B"],
     top_p: Float32[Array, " B"],
     min_p: Float32[Array, " B"],
@@ -32,8 +33,8 @@ def threshold(
     normalised again.
 
     Args:
-      scores: logits over temperature less their maximum, so that exp(score) is the token's
-        probability relative to the most probable one.
+      scores: logits over temperature less their maximum.
+      weights: exp(scores), probabilities relative to the most probable token's.
       top_k: number of tokens to keep; 0 keeps all.
       top_p: probability to keep; 1 keeps all.
       min_p: least probability to keep relative to the most probable token; 0 keeps all.
@@ -44,13 +45,13 @@ def threshold(
         """Top-k (turn 0) looks for k tokens of weight 1, top-p for p of what is left."""
         is_k = turn == 0
 
-        def weigh(x: Float32[Array, "B n"]) -> Float32[Array, "B n"]:
-            return jnp.where(is_k, 1.0, jnp.where(x >= least[:, None], jnp.exp(x), 0.0))
+        def weigh(x: Float32[Array, "B n"], exp_x: Float32[Array, "B n"]) -> Array:
+            return jnp.where(is_k, 1.0, jnp.where(x >= least[:, None], exp_x, 0.0))
 
-        weights = weigh(scores)
-        target = jnp.where(is_k, top_k.astype(jnp.float32), top_p * jnp.sum(weights, axis=1))
+        weighed = weigh(scores, weights)
+        target = jnp.where(is_k, top_k.astype(jnp.float32), top_p * jnp.sum(weighed, axis=1))
         off = jnp.where(is_k, (top_k <= 0) | (top_k >= scores.shape[1]), top_p >= 1.0)
-        found = _covering(scores, weights, target, best, weigh(best), off)
+        found = _covering(scores, weighed, target, best, weigh(best, jnp.exp(best)), off)
         return jnp.maximum(least, jnp.where(off, -jnp.inf, found))
 
     return lax.fori_loop(0, 2, restrict, jnp.log(min_p))

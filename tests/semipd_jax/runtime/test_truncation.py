@@ -36,6 +36,7 @@ def row_scores(rng, size, spread):
 def kept(scores, top_k, top_p, min_p):
     least = threshold(
         jnp.asarray(scores),
+        jnp.exp(jnp.asarray(scores)),
         jnp.asarray(top_k, jnp.int32),
         jnp.asarray(top_p, jnp.float32),
         jnp.asarray(min_p, jnp.float32),
