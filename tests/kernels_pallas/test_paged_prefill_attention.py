@@ -17,6 +17,9 @@ CHUNKS, PAGES_PER_ROW, PAGE_SIZE, POOL = 3, 20, 8, 30
 CAPACITY = PAGES_PER_ROW * PAGE_SIZE
 
 
+jitted_decode = jax.jit(paged_decode_attention)
+
+
 @functools.cache
 def jitted(**options):
     return jax.jit(functools.partial(paged_prefill_attention, **options))
@@ -72,13 +75,15 @@ def test_any_chunks_and_any_pages(num_tokens, options, data, seed):
 def test_a_prompt_in_chunks_is_the_prompt_in_one(chunk_lens):
     ends = [0, *(end for end in np.cumsum(chunk_lens) if end < CAPACITY), CAPACITY]
     q, k_pages, v_pages = arrays(CAPACITY, 4, 2)
+    q = np.asarray(q)
     table = jnp.asarray(np.random.default_rng(0).permutation(POOL)[None, :PAGES_PER_ROW], jnp.int32)
 
     def prefill(queries, start, end):
-        padded = jnp.zeros_like(q).at[: end - start].set(queries)
+        padded = np.zeros_like(q)
+        padded[: end - start] = queries
         lens = cumulative([end - start]), table, jnp.asarray([end], jnp.int32)
-        out, lse = jitted(window=70)(padded, k_pages, v_pages, *lens)
-        return np.asarray(out[: end - start]), np.asarray(lse[: end - start])
+        out, lse = jitted(window=70)(jnp.asarray(padded), k_pages, v_pages, *lens)
+        return np.asarray(out)[: end - start], np.asarray(lse)[: end - start]
 
     whole = prefill(q, 0, CAPACITY)
     pieces = [prefill(q[a:b], int(a), int(b)) for a, b in itertools.pairwise(ends)]
@@ -98,12 +103,14 @@ def test_last_token_of_a_chunk_is_a_decode_step(chunks):
     lens = jnp.asarray(context_lens)
     out, lse = jitted()(q, k_pages, v_pages, cu_q_lens, table, lens)
     chosen = np.flatnonzero(q_lens)
-    last = np.asarray(cu_q_lens[1:])[chosen] - 1
-    decode = jax.jit(paged_decode_attention)
-    decode_q = jnp.zeros((CHUNKS, *q.shape[1:])).at[chosen].set(q[last])
-    decode_out, decode_lse = decode(decode_q, k_pages, v_pages, table, lens)
-    np.testing.assert_allclose(out[last], decode_out[chosen], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(lse[last], decode_lse[chosen], rtol=1e-5, atol=1e-5)
+    last = np.asarray(cu_q_lens)[1:][chosen] - 1
+    decode_q = np.zeros((CHUNKS, *q.shape[1:]), np.float32)
+    decode_q[chosen] = np.asarray(q)[last]
+    decoded = jitted_decode(jnp.asarray(decode_q), k_pages, v_pages, table, lens)
+    for got, want in zip((out, lse), decoded, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(got)[last], np.asarray(want)[chosen], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_only_visible_slots_matter():
