@@ -27,7 +27,7 @@ from semipd_jax.runtime.steps import decode_step, prefill_step
 COMPILER_OPTIONS: Final[Mapping[Platform, Mapping[str, Any]]] = MappingProxyType(
     {"cpu": {"xla_backend_optimization_level": 1}, "cuda": {}}
 )
-"""On a CPU, LLVM's level 1 compiles a tenth faster than its default 3, and its code is no slower."""
+"""On a CPU, LLVM's level 1 compiles a tenth faster than level 3, and its code is no slower."""
 
 _COMPILE_EVENT: Final = "/jax/core/compile/backend_compile_duration"
 
