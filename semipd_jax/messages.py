@@ -92,11 +92,7 @@ class DecodeStep(Message, frozen=True):
     bias: LogitBias | None = None
 
 
-class Stop(Message, frozen=True):
-    """Finish what was sent, then exit."""
-
-
-type ToWorker = PrefillStep | DecodeStep | Stop
+type ToWorker = PrefillStep | DecodeStep
 
 # ---------------------------------------------------------------- worker → coordinator
 
@@ -167,8 +163,9 @@ type ToCoordinator = Submit | Abort | GetStats
 
 
 class Refused(Message, frozen=True):
+    """The queue is full; `message` says how full."""
+
     handle: int
-    error: Literal["overloaded", "unavailable"]
     message: str
 
 

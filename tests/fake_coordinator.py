@@ -58,14 +58,14 @@ class FakeCoordinator:
     """Answers what was submitted with `answer(request, position)`.
 
     Attributes:
-      refuse: answer to every Submit instead of running it: (error, message).
+      refuse: answer to every Submit instead of running it: its message.
       fail_after: give up on requests after this many tokens.
       admits: else requests stay in the queue.
     """
 
     run_dir: str
     answer: Callable[[Request, int], int] = arithmetic
-    refuse: tuple[str, str] | None = None
+    refuse: str | None = None
     fail_after: int | None = None
     admits: bool = True
     running: dict[tuple[str, int], Running] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class FakeCoordinator:
     def _submit(self, client: str, handle: int, request: Request) -> None:
         self.submitted.append(request)
         if self.refuse is not None:
-            self.hub.send(client, Refused(handle, *self.refuse))
+            self.hub.send(client, Refused(handle, self.refuse))
             return
         self.running[client, handle] = Running(client, handle, request)
         if self.admits:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fake_device import FakeDevice
 
 from semipd_jax.child import Child, run_child
-from semipd_jax.messages import FromWorker, Stop, ToWorker, WorkerReady
+from semipd_jax.messages import FromWorker, ToWorker, WorkerReady
 from semipd_jax.transport.channels import WORKERS, Link
 
 
@@ -38,7 +38,7 @@ def main(child: Child) -> None:
         if (directory / f"hang-{spec.phase}").exists():
             (directory / f"hang-{spec.phase}").unlink()
             time.sleep(3600)
-        if step is not None and not isinstance(step, Stop):
+        if step is not None:
             link.send(device.run(step, worker_id))
     link.close()
 

@@ -43,6 +43,7 @@ from semipd_jax.request import (
     FinishReason,
     Request,
     SamplingParams,
+    TokenLogprob,
 )
 from semipd_jax.text.output import OutputText
 from semipd_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +63,9 @@ class EngineClient:
       layout: sizes of the running engine.
       model: its seed starts the seeds of requests that bring none.
       generation_defaults: the model's, by `load_generation_defaults`.
+
+    Attributes:
+      failed: set when the link itself failed; every request has ended then.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class EngineClient:
         self._link: AsyncLink[FromCoordinator, ToCoordinator] | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._lost: EngineError | None = None
+        self.failed = asyncio.Event()
 
     @classmethod
     async def connect(cls, run_dir: str, layout: MemoryLayout, model: ModelConfig) -> Self:
@@ -198,6 +203,7 @@ class EngineClient:
             raise DuplicateRequestError(f"a request with id {request_id!r} is running")
         link = self._connected()
         handle = next(self._numbers)
+        text = OutputText(self._tokenizer, token_ids, params)
         try:
             link.send(
                 Submit(
@@ -207,7 +213,6 @@ class EngineClient:
             )
         except BlockingIOError as error:
             raise OverloadedError(str(error)) from error
-        text = OutputText(self._tokenizer, token_ids, params)
         stream = Stream(handle, request_id, len(token_ids), text)
         self._streams[handle] = stream
         self._handles[request_id] = handle
@@ -261,6 +266,7 @@ class EngineClient:
         except Exception:
             _log.exception("the link to the coordinator failed")
             self.connection_lost(UnavailableError("the link to the coordinator failed"))
+            self.failed.set()
 
     def _take(self, message: FromCoordinator) -> None:
         match message:
@@ -269,11 +275,10 @@ class EngineClient:
             case Admitted(handle=handle):
                 if stream := self._streams.get(handle):
                     stream.admitted(message)
-            case Refused(handle=handle, error=kind, message=text):
+            case Refused(handle=handle, message=text):
                 if stream := self._streams.get(handle):
                     self._forget(stream)
-                    overloaded = kind == "overloaded"
-                    stream.refused(OverloadedError(text) if overloaded else UnavailableError(text))
+                    stream.refused(OverloadedError(text))
             case Stats(query_id=query_id):
                 query = self._queries.pop(query_id, None)
                 if query is not None and not query.done():
@@ -284,13 +289,23 @@ class EngineClient:
         token_ids = np.frombuffer(message.token_ids, np.int32).tolist()
         logprobs = dict(message.logprobs)
         for i, (handle, token_id) in enumerate(zip(handles, token_ids, strict=True)):
-            stream = self._streams.get(handle)
-            if stream is not None and stream.token(token_id, logprobs.get(i)):
-                self._abort(handle, FinishReason.STOP)
+            if stream := self._streams.get(handle):
+                self._take_token(stream, token_id, logprobs.get(i))
         for done in message.done:
             if stream := self._streams.get(done.handle):
                 self._forget(stream)
                 stream.done(done)
+
+    def _take_token(self, stream: Stream, token_id: int, logprob: TokenLogprob | None) -> None:
+        """What goes wrong with one request's text must not touch the others."""
+        try:
+            if stream.token(token_id, logprob):
+                self._abort(stream.handle, FinishReason.STOP)
+        except Exception:
+            _log.exception("the text of request %s failed", stream.request_id)
+            self._forget(stream)
+            self._abort(stream.handle, FinishReason.ABORT)
+            stream.fail("the text of this request cannot be made")
 
 
 def _check_request_id(request_id: str) -> None:

@@ -91,10 +91,6 @@ class Coordinator:
         self._num_compiles: dict[str, int] = {}
         self._times = PlanTimes()
 
-    @property
-    def ready(self) -> bool:
-        return all(p.worker_id is not None for p in self._phases.values())
-
     # ------------------------------------------------------------ receive
 
     def from_worker(self, message: FromWorker) -> None:
@@ -113,7 +109,7 @@ class Coordinator:
                 else:
                     limit = self._scheduler.state.limits.max_num_queued_reqs
                     text = f"{limit} requests are waiting already, the most allowed; try again"
-                    self._to_client(client, Refused(handle, "overloaded", text))
+                    self._to_client(client, Refused(handle, text))
             case Abort(handle=handle, reason=reason):
                 self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
                 self._send_steps("prefill")  # a row and pages may have come free
@@ -189,7 +185,8 @@ class Coordinator:
     def _announce(self, planned: Sent[Any]) -> None:
         for request in planned.admitted:
             if request.num_preemptions == 0:
-                queue_s = (request.admitted_s or 0.0) - request.arrival_s
+                assert request.admitted_s is not None
+                queue_s = request.admitted_s - request.arrival_s
                 self._to_client(request.client, Admitted(request.handle, 0, queue_s))
 
     def _deliver(self, result: Result) -> None:

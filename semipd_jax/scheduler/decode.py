@@ -22,12 +22,15 @@ def plan_decode(state: SchedulerState) -> DecodePlan | None:
 
     Every decoding row advances by one token unless it lacks a page. Pages go to the oldest rows
     first; the others wait for pages in quarantine, or if there are none, the youngest requests are
-    preempted until the need is met.
+    preempted until the need is met. Suspects run alone, one by one.
     """
     table = state.table
     rows = np.flatnonzero(table.active & (table.context_lens <= table.max_context_lens))
     if rows.size == 0:
         return None
+    suspects = rows[table.is_suspect[rows]]
+    if suspects.size:
+        rows = suspects[:1]
     capacity = table.num_pages[rows] * state.limits.page_size
     short = rows[table.context_lens[rows] > capacity]
     if short.size <= state.pages.num_free:

@@ -1,24 +1,17 @@
 """What the next prefill step computes: first come, first served, in chunks under a token budget."""
 
-from dataclasses import dataclass
 from itertools import islice
 
 from semipd_jax.scheduler.state import Chunk, RequestState, SchedulerState, pages_for
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillPlan:
-    """Chunks of the step, in order. Requests among them that are still waiting are admitted."""
-
-    chunks: list[Chunk]
-
-
-def plan_prefill(state: SchedulerState) -> PrefillPlan | None:
-    """Returns the next step, or None if there is nothing to prefill or no room for it.
+def plan_prefill(state: SchedulerState) -> list[Chunk]:
+    """Returns the chunks of the next step, in order; none if there is nothing to prefill or no
+    room for it. Requests among them that are still waiting are to be admitted.
 
     Requests under way go first. A waiting one is admitted when its whole prompt fits beside what
-    requests under way still need and one page for each decoding row, so that neither phase takes
-    the pages that the other is about to need.
+    requests under way still need and one page for each decoding row, so that admissions do not
+    take the pages that others are about to need. A suspect runs alone.
     """
     budget = state.limits.max_num_batched_tokens
     free = state.pages.num_free
@@ -29,12 +22,13 @@ def plan_prefill(state: SchedulerState) -> PrefillPlan | None:
             continue
         needed = _pages_short(state, request, chunk.end)
         if needed > free:
-            return PrefillPlan(chunks) if chunks else None
+            return chunks
+        if state.table.is_suspect[request.row]:
+            return chunks or [chunk]
         chunks.append(chunk)
         budget -= chunk.end - chunk.start
         free -= needed
-    chunks += _admissions(state, budget)
-    return PrefillPlan(chunks) if chunks else None
+    return chunks + _admissions(state, budget)
 
 
 def _admissions(state: SchedulerState, budget: int) -> list[Chunk]:

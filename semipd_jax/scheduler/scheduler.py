@@ -4,15 +4,18 @@ Host only and free of I/O: the coordinator feeds it and sends what it returns. S
 in any order between phases; within a phase they are answered in the order they were sent.
 """
 
+import math
 from dataclasses import dataclass, field
 
-from semipd_jax.messages import DecodeStep, Phase, PrefillStep, StepDone
+from semipd_jax.messages import DecodeStep, PrefillStep, StepDone
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
 from semipd_jax.scheduler import wire
 from semipd_jax.scheduler.decode import plan_decode
 from semipd_jax.scheduler.prefill import plan_prefill
 from semipd_jax.scheduler.state import (
+    MAX_CRASHES,
     SCRATCH_ROW,
+    Bias,
     Chunk,
     Limits,
     RequestState,
@@ -22,9 +25,6 @@ from semipd_jax.scheduler.state import (
     ints,
     pages_for,
 )
-
-MAX_CRASHES = 3
-"""Workers that may die in a row while running a step of the same request, before it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ class Scheduler:
             return False
         prompt, sampling = request.prompt_token_ids, request.sampling
         room = state.limits.max_model_len - len(prompt)
+        stop_ids = frozenset(sampling.stop_token_ids)
+        biases = dict(sampling.logit_bias)
         new = RequestState(
             client=client,
             handle=handle,
@@ -86,7 +88,9 @@ class Scheduler:
             arrival_s=now_s,
             token_ids=list(prompt),
             max_len=len(prompt) + min(room, sampling.max_tokens or room),
-            stop_ids=frozenset(sampling.stop_token_ids),
+            stop_ids=stop_ids,
+            bias=Bias.of(biases),
+            bias_without_stops=Bias.of(biases | dict.fromkeys(stop_ids, -math.inf)),
         )
         state.requests[client, handle] = new
         state.waiting.append(new)
@@ -109,19 +113,19 @@ class Scheduler:
 
     def next_prefill(self, *, now_s: float) -> Sent[PrefillStep] | None:
         """Plans, applies and returns the next prefill step, or None if there is none to run."""
-        plan = plan_prefill(self.state)
-        if plan is None:
+        chunks = plan_prefill(self.state)
+        if not chunks:
             return None
-        admitted = [c.request for c in plan.chunks if c.request.stage is Stage.WAITING]
+        admitted = [c.request for c in chunks if c.request.stage is Stage.WAITING]
         for request in admitted:
             self._admit(request, now_s=now_s)
-        step_id = self._take_step_id("prefill", [c.request for c in plan.chunks], plan.chunks)
-        for chunk in plan.chunks:
+        step_id = self._take_step_id([c.request for c in chunks], chunks)
+        for chunk in chunks:
             request = chunk.request
             self._grow(request, pages_for(chunk.end, self.state.limits.page_size))
             request.num_scheduled = chunk.end
             request.steps.add(step_id)
-        return Sent(wire.prefill_step(step_id, plan.chunks, self.state.table), admitted)
+        return Sent(wire.prefill_step(step_id, chunks, self.state.table), admitted)
 
     def next_decode(self) -> Sent[DecodeStep] | None:
         """Plans, applies and returns the next decode step, or None if no row can advance."""
@@ -138,7 +142,7 @@ class Scheduler:
             assert request is not None
             self._grow(request, len(request.page_ids) + 1)
         requests = [r for row in ints(plan.rows) if (r := table.requests[row]) is not None]
-        step_id = self._take_step_id("decode", requests, [])
+        step_id = self._take_step_id(requests, [])
         for request in requests:
             request.num_scheduled += 1
             request.steps.add(step_id)
@@ -161,7 +165,8 @@ class Scheduler:
             if reply.step_id not in request.steps:
                 continue
             request.steps.discard(reply.step_id)
-            request.num_crashes = 0
+            if request.num_crashes:
+                self._set_crashes(request, 0)
             if sampled:
                 logprob = logprobs.of(i, request.request.sampling.logprobs)
                 result.tokens.append(Token(request, token, logprob))
@@ -173,16 +178,18 @@ class Scheduler:
         """Takes back the steps (oldest first) of a worker that is gone: they are planned again.
 
         What they wrote does no harm, the same tokens go to the same places. A crash is counted
-        against the requests of the step that was running; who crashed too often is given up.
+        against the requests of the step that was running. One crash before they would be given up,
+        they run one by one, so that only the one to blame is.
         """
-        running = self.state.in_flight[step_ids[0]].requests if step_ids else []
+        oldest = self.state.in_flight[step_ids[0]].requests if step_ids else []
+        running = [request for request in oldest if step_ids[0] in request.steps]
         for step_id in reversed(step_ids):
             self._take_back(self.state.in_flight.pop(step_id))
             self._release_quarantine(step_id)
         result = Result()
         for request in running:
-            request.num_crashes += 1
-            if request.num_crashes >= MAX_CRASHES and request.stage is not Stage.GONE:
+            self._set_crashes(request, request.num_crashes + 1)
+            if request.num_crashes >= MAX_CRASHES:
                 error = f"a worker died {MAX_CRASHES} times while running this request"
                 reason = FinishReason.ABORT
                 result.endings.append(self._end(request, reason, now_s=now_s, error=error))
@@ -214,11 +221,15 @@ class Scheduler:
         table.page_table[request.row, held:num_pages] = pages
         table.num_pages[request.row] = num_pages
 
-    def _take_step_id(self, phase: Phase, requests: list[RequestState], chunks: list[Chunk]) -> int:
+    def _take_step_id(self, requests: list[RequestState], chunks: list[Chunk]) -> int:
         step_id = self._next_step_id
         self._next_step_id += 1
-        self.state.in_flight[step_id] = StepInFlight(step_id, phase, requests, chunks)
+        self.state.in_flight[step_id] = StepInFlight(step_id, requests, chunks)
         return step_id
+
+    def _set_crashes(self, request: RequestState, num_crashes: int) -> None:
+        request.num_crashes = num_crashes
+        self.state.table.is_suspect[request.row] = request.is_suspect
 
     def _take_back(self, step: StepInFlight) -> None:
         starts = [c.start for c in step.chunks] or [None] * len(step.requests)

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
-from semipd_jax.messages import ROW_SAMPLING, Phase
+from semipd_jax.messages import ROW_SAMPLING
 from semipd_jax.paging.allocator import PageAllocator
 from semipd_jax.paging.quarantine import Quarantine
 from semipd_jax.request import Request
 
 SCRATCH_ROW: Final = 0
+MAX_CRASHES: Final = 3
+"""Workers that may die in a row while running a step of the same request, before it is given up."""
 
 
 class Stage(enum.Enum):
@@ -28,6 +30,18 @@ class Stage(enum.Enum):
     PREFILLING = enum.auto()
     DECODING = enum.auto()
     GONE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """Logit biases of one request, ready to be sent."""
+
+    token_ids: Int32[np.ndarray, " n"]
+    values: Float32[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, biases: dict[int, float]) -> "Bias":
+        return cls(np.array(list(biases), np.int32), np.array(list(biases.values()), np.float32))
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +53,7 @@ class RequestState:
       token_ids: prompt and output, as far as replies have come.
       max_len: most tokens in all, prompt included.
       stop_ids: tokens that end it.
+      bias, bias_without_stops: from `min_tokens` on, and before.
       num_scheduled: leading tokens whose KV a sent step has written or will write.
       steps: ids of steps in flight whose results still count for this request.
       admitted_at: position in the order of admission; the youngest is preempted first.
@@ -52,6 +67,8 @@ class RequestState:
     token_ids: list[int]
     max_len: int
     stop_ids: frozenset[int]
+    bias: Bias
+    bias_without_stops: Bias
     stage: Stage = Stage.WAITING
     row: int = SCRATCH_ROW
     page_ids: list[int] = field(default_factory=list[int])
@@ -66,6 +83,10 @@ class RequestState:
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.num_crashes >= MAX_CRASHES - 1
 
     @property
     def num_output(self) -> int:
@@ -87,7 +108,6 @@ class StepInFlight:
     """A step that was planned and not answered. `requests` are in the order of its rows."""
 
     step_id: int
-    phase: Phase
     requests: list[RequestState]
     chunks: list[Chunk]
 
@@ -101,6 +121,7 @@ class RowTable:
       max_context_lens: of the row's last decode step.
       num_pages: held by the row.
       has_bias: the row has a logit bias or a minimum length.
+      is_suspect: one more crash of a worker that runs this row, and its request is given up.
     """
 
     def __init__(self, num_rows: int, table_width: int) -> None:
@@ -111,6 +132,7 @@ class RowTable:
         self.max_context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.num_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
+        self.is_suspect: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.requests: list[RequestState | None] = [None] * num_rows
 
     def clear(self, row: int) -> None:
@@ -118,6 +140,7 @@ class RowTable:
         self.active[row] = False
         self.num_pages[row] = 0
         self.has_bias[row] = False
+        self.is_suspect[row] = False
         self.requests[row] = None
 
 
@@ -159,11 +182,11 @@ class SchedulerState:
         assert all_rows == list(range(1, self.limits.num_rows)), f"rows: {all_rows}"
         for request in self.requests.values():
             self._check_request(request)
-        named = {id(r): step for step in self.in_flight.values() for r in step.requests}
         for request in self.requests.values():
-            assert request.steps <= self.in_flight.keys(), "a counted step is not in flight"
-            assert not request.steps or id(request) in named
-        assert [r for r in self.requests.values() if r.stage is Stage.WAITING] or not self.waiting
+            for step_id in request.steps:
+                assert request in self.in_flight[step_id].requests
+        num_waiting = sum(r.stage is Stage.WAITING for r in self.requests.values())
+        assert len(self.waiting) == num_waiting, "the queue holds requests that do not wait"
 
     def _check_request(self, r: RequestState) -> None:
         table, page_size = self.table, self.limits.page_size

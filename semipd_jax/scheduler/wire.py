@@ -7,7 +7,7 @@ from jaxtyping import Int32
 
 from semipd_jax.messages import DecodeStep, LogitBias, PrefillStep, StepDone
 from semipd_jax.request import MAX_LOGPROBS, TokenLogprob
-from semipd_jax.scheduler.state import Chunk, RequestState, RowTable, ints
+from semipd_jax.scheduler.state import Bias, Chunk, RequestState, RowTable, ints
 
 
 def fill_row(table: RowTable, request: RequestState) -> None:
@@ -21,16 +21,12 @@ def fill_row(table: RowTable, request: RequestState) -> None:
         p.frequency_penalty,
         p.repetition_penalty,
         p.top_k,
-        fold_seed(p.seed or 0),
+        p.seed or 0,
         request.num_prompt,
         -1 if p.logprobs is None else p.logprobs,
     )
+    table.is_suspect[request.row] = request.is_suspect
     table.has_bias[request.row] = bool(p.logit_bias) or p.min_tokens > 0
-
-
-def fold_seed(seed: int) -> int:
-    """A 64-bit seed as 32 bits; 32-bit seeds stay as they are."""
-    return (seed ^ (seed >> 32)) & 0xFFFFFFFF
 
 
 def prefill_step(step_id: int, chunks: list[Chunk], table: RowTable) -> PrefillStep:
@@ -96,25 +92,24 @@ def _logit_bias(table: RowTable, rows: np.ndarray, context_lens: list[int]) -> L
 
     A row that generates its n-th token (counting from 0) with n < min_tokens may not stop.
     """
-    if not table.has_bias[rows].any():
+    biased = ints(np.flatnonzero(table.has_bias[rows]))
+    if not biased:
         return None
-    biases: list[list[tuple[int, float]]] = []
-    for row, context_len in zip(ints(rows), context_lens, strict=True):
-        request = table.requests[row]
+    picked: list[tuple[int, Bias]] = []
+    for i in biased:
+        request = table.requests[int(rows[i])]
         assert request is not None
-        sampling = request.request.sampling
-        bias = dict(sampling.logit_bias)
-        if context_len - request.num_prompt < sampling.min_tokens:
-            bias |= dict.fromkeys(request.stop_ids, -np.inf)
-        biases.append(list(bias.items()))
-    width = max(map(len, biases))
+        num_output = context_lens[i] - request.num_prompt
+        may_stop = num_output >= request.request.sampling.min_tokens
+        picked.append((i, request.bias if may_stop else request.bias_without_stops))
+    width = max(len(bias.token_ids) for _, bias in picked)
     if width == 0:
         return None
-    token_ids = np.full((len(biases), width), -1, np.int32)
-    values = np.zeros((len(biases), width), np.float32)
-    for i, bias in enumerate(biases):
-        for j, (token, value) in enumerate(bias):
-            token_ids[i, j], values[i, j] = token, value
+    token_ids = np.full((len(rows), width), -1, np.int32)
+    values = np.zeros((len(rows), width), np.float32)
+    for i, bias in picked:
+        token_ids[i, : len(bias.token_ids)] = bias.token_ids
+        values[i, : len(bias.values)] = bias.values
     return LogitBias(width=width, token_ids=token_ids.tobytes(), values=values.tobytes())
 
 

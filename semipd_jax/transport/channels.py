@@ -1,8 +1,9 @@
 """Typed ZeroMQ channels over `ipc://` sockets in a private directory. The one importer of zmq.
 
 The coordinator binds a `Hub` per kind of peer; each peer connects a `Link` under its own name.
-Messages are MessagePack of `semipd_jax.messages` unions; anything else raises on receipt. Queues
-are bounded; a full one raises `BlockingIOError` instead of dropping or waiting.
+Messages are MessagePack of `semipd_jax.messages` unions; anything else raises on receipt. Nothing
+is dropped and no sender waits: a `Hub` keeps what a peer has not read yet, which is bounded by what
+the peer asked for, and a peer that sends faster than the hub reads gets `BlockingIOError`.
 """
 
 import os
@@ -44,16 +45,17 @@ class Hub[Incoming, Outgoing]:
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.set_hwm(_HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.bind(endpoint(run_dir, name))
         self._path = Path(run_dir) / name
 
     def send(self, peer: str, message: Outgoing) -> bool:
-        """Queues a message. Returns False if the peer is gone or does not read."""
+        """Queues a message. Returns False if the peer is gone."""
         try:
             self._socket.send_multipart([peer.encode(), _encoder.encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            if error.errno == zmq.EHOSTUNREACH:
                 return False
             raise
         return True
@@ -80,7 +82,11 @@ class Link[Incoming, Outgoing]:
         self._socket = _dealer(zmq.Context.instance(), run_dir, name, identity)
 
     def send(self, message: Outgoing) -> None:
-        self._socket.send(_encoder.encode(message), zmq.DONTWAIT)
+        """Queues a message; raises BlockingIOError if the coordinator does not read."""
+        try:
+            self._socket.send(_encoder.encode(message), zmq.DONTWAIT)
+        except zmq.Again as error:
+            raise BlockingIOError("the coordinator does not read") from error
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """The next message, or None if none came in time."""

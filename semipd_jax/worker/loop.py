@@ -14,7 +14,7 @@ from collections import deque
 from typing import Final
 
 from semipd_jax.child import Child
-from semipd_jax.messages import FromWorker, StepDone, Stop, ToWorker
+from semipd_jax.messages import FromWorker, StepDone, ToWorker
 from semipd_jax.runtime.compile import CompileCounter
 from semipd_jax.runtime.runner import PendingStep, StepRunner
 from semipd_jax.transport.channels import Link, Poller
@@ -37,15 +37,11 @@ def serve(
     poller = Poller()
     for source in (link, completer.fileno(), child.fileno()):
         poller.add(source)
-    stopping = False
-    while not stopping and not child.stopping.is_set():
+    while not child.stopping.is_set():
         poller.wait(_TICK_S)
         for reply in completer.take():
             link.send(reply)
         while (message := link.receive(0)) is not None:
-            if isinstance(message, Stop):
-                stopping = True
-                break
             completer.add(runner.dispatch(message))
     for reply in completer.finish(child.spec.config.timeouts.step_s):
         link.send(reply)

@@ -8,7 +8,7 @@ from semipd_jax.child import Child, Command, run_child
 from semipd_jax.client import EngineClient
 from semipd_jax.client.sampling import load_generation_defaults
 from semipd_jax.config import EngineConfig
-from semipd_jax.errors import UnavailableError
+from semipd_jax.errors import EngineError, UnavailableError
 from semipd_jax.messages import Drain, MemoryLayout, Serve
 from semipd_jax.models.registry import load_spec
 from semipd_jax.text.tokenizer import load_tokenizer
@@ -44,7 +44,12 @@ async def _run(child: Child) -> None:
         client = EngineClient(child.spec.run_dir, layout, tokenizer, config.model, defaults)
         await client.start()
         await server.serve(Engine(client, _info(config, model.architecture, layout)))
-        await _until_the_end(commands, server, config.timeouts.shutdown_s)
+        ended = asyncio.ensure_future(_until_the_end(commands, server, config.timeouts.shutdown_s))
+        failed = asyncio.ensure_future(client.failed.wait())
+        await asyncio.wait((ended, failed), return_when=asyncio.FIRST_COMPLETED)
+        if client.failed.is_set():
+            raise EngineError("the link to the coordinator failed")
+        failed.cancel()
         client.connection_lost(UnavailableError(SHUTTING_DOWN))
         await server.stop()
         await client.close()

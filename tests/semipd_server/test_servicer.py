@@ -299,7 +299,7 @@ def test_aborting_what_does_not_run_is_not_found(start: Start):
 
 def test_a_full_queue_is_resource_exhausted_with_a_delay(start: Start):
     async def main():
-        async with start(refuse=("overloaded", "8 requests are waiting")) as rig:
+        async with start(refuse="8 requests are waiting") as rig:
             error = await error_of(rig, rig.stub.Generate(request()))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error.details() == "8 requests are waiting"

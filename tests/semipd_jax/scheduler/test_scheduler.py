@@ -3,6 +3,7 @@
 import itertools
 from collections import deque
 
+import msgspec
 import numpy as np
 import pytest
 from fake_device import FakeDevice, next_token
@@ -10,9 +11,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from semipd_jax.request import FinishReason, Request, SamplingParams
-from semipd_jax.scheduler.scheduler import MAX_CRASHES, Result, Scheduler
-from semipd_jax.scheduler.state import Limits, Stage
+from semipd_jax.messages import ROW_SAMPLING, PrefillStep, StepLogprobs
+from semipd_jax.request import MAX_LOGPROBS, FinishReason, Request, SamplingParams
+from semipd_jax.scheduler.scheduler import Result, Scheduler
+from semipd_jax.scheduler.state import MAX_CRASHES, Limits
 
 PAGE_SIZE, MAX_LEN = 4, 24
 
@@ -189,6 +191,75 @@ def test_a_request_that_kills_workers_is_given_up():
     assert not scheduler.state.requests
 
 
+def test_only_the_request_to_blame_is_given_up():
+    scheduler, device = make_scheduler(num_pages=40, num_rows=6)
+    requests = [make_request(4, 10, seed=i) for i in range(4)]
+    outcome = Outcome()
+    for handle, request in enumerate(requests):
+        scheduler.submit("c", handle, request, now_s=0.0)
+    while sent := scheduler.next_prefill(now_s=0.0):
+        outcome.take(scheduler.step_done(device.run(sent.step), now_s=0.0))
+    poison = scheduler.state.requests["c", 2].row
+    for _ in range(200):
+        sent = scheduler.next_decode()
+        if sent is None:
+            break
+        if poison in np.frombuffer(sent.step.rows, np.int32) and 2 not in outcome.endings:
+            outcome.take(scheduler.worker_lost([sent.step.step_id], now_s=0.0))
+        else:
+            outcome.take(scheduler.step_done(device.run(sent.step), now_s=0.0))
+        scheduler.state.check()
+    assert outcome.endings[2].error is not None
+    for handle in (0, 1, 3):
+        assert outcome.tokens[handle] == expected(requests[handle])[0]
+
+
+def test_a_preempted_request_keeps_its_place_and_its_prompt():
+    scheduler, device = make_scheduler(num_pages=8, num_rows=4)
+    for handle in range(3):
+        scheduler.submit("c", handle, make_request(4, 20, seed=handle), now_s=0.0)
+    readmitted = []
+    while sent := scheduler.next_prefill(now_s=0.0) or scheduler.next_decode():
+        if isinstance(sent.step, PrefillStep):
+            prompt_lens = np.frombuffer(sent.step.sampling, ROW_SAMPLING)["prompt_len"]
+            assert set(prompt_lens.tolist()) == {4}
+            readmitted += [r.handle for r in sent.admitted if r.num_preemptions]
+        if scheduler.state.waiting and scheduler.state.waiting[0].num_preemptions:
+            scheduler.submit("c", 9, make_request(4, 1), now_s=0.0)
+            waiting = [r.handle for r in scheduler.state.waiting]
+            assert waiting == sorted(waiting), "a later request got ahead"
+            scheduler.abort("c", 9, FinishReason.ABORT, now_s=0.0)
+        scheduler.step_done(device.run(sent.step), now_s=0.0)
+    assert readmitted
+
+
+def test_logprobs_go_to_the_rows_that_asked():
+    scheduler, device = make_scheduler()
+    for handle, num in enumerate((None, 0, 2)):
+        sampling = SamplingParams(max_tokens=1, logprobs=num)
+        request = Request(request_id=str(handle), prompt_token_ids=(1, 2, 3), sampling=sampling)
+        scheduler.submit("c", handle, request, now_s=0.0)
+    sent = scheduler.next_prefill(now_s=0.0)
+    assert sent is not None
+    asked = np.frombuffer(sent.step.sampling, ROW_SAMPLING)["num_logprobs"].tolist()
+    assert asked == [-1, 0, 2]
+    ids = np.arange(3 * MAX_LOGPROBS, dtype=np.int32)
+    logprobs = StepLogprobs(
+        sampled=np.array([-1.0, -2.0, -3.0], np.float32).tobytes(),
+        top_ids=ids.tobytes(),
+        top_logprobs=(-ids.astype(np.float32)).tobytes(),
+    )
+    reply = msgspec.structs.replace(device.run(sent.step), logprobs=logprobs)
+    got = [token.logprob for token in scheduler.step_done(reply, now_s=0.0).tokens]
+    first = 2 * MAX_LOGPROBS
+    assert got[0] is None
+    assert got[1] is not None
+    assert (got[1].logprob, got[1].top) == (-2.0, ())
+    assert got[2] is not None
+    assert got[2].logprob == -3.0
+    assert got[2].top == ((first, -float(first)), (first + 1, -float(first + 1)))
+
+
 def test_crashes_between_steps_that_succeed_are_forgiven():
     scheduler, device = make_scheduler()
     request = make_request(4, 8)
@@ -260,6 +331,16 @@ class Serving(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.state.check()
 
+    @invariant()
+    def nothing_that_a_step_in_flight_names_is_free(self):
+        if not hasattr(self, "scheduler"):
+            return
+        state = self.scheduler.state
+        for step in itertools.chain(*self.queues.values()):
+            pages = set(np.frombuffer(step.page_table, np.int32).tolist()) - {0}
+            assert not pages & set(state.pages._free)
+            assert not set(np.frombuffer(step.rows, np.int32).tolist()) & set(state.free_rows)
+
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
@@ -276,7 +357,6 @@ class Serving(RuleBasedStateMachine):
             else:
                 assert (got, ending.reason) == (tokens, reason)
         assert self.scheduler.state.pages.num_free == self.scheduler.state.limits.num_pages - 1
-        assert not [r for r in self.scheduler.state.requests.values() if r.stage is Stage.GONE]
 
 
 Serving.TestCase.settings = settings(

@@ -32,7 +32,6 @@ from semipd_jax.messages import (
     Progress,
     Ready,
     StepDone,
-    Stop,
     ToWorker,
     WorkerReady,
 )
@@ -244,13 +243,13 @@ def test_a_killed_worker_is_replaced_and_its_step_is_run_again(engine, workers):
     assert got == expected
 
 
-def test_stop_finishes_what_was_sent_and_exits(engine, workers):
+def test_stop_comes_after_the_last_answer(engine, workers):
     process = engine.start("prefill-2", "prefill")
     assert engine.receive(WorkerReady).worker_id == "prefill-2"
     message = prefill_message([(4, [20, 21], PROMPT, 0, len(PROMPT), True)], step_id=500)
     engine.hub.send("prefill-2", message)
-    engine.hub.send("prefill-2", Stop())
     assert engine.receive(StepDone).step_id == 500
+    process.ask_to_stop()
     assert engine.heard(process, Exited).status == 0
     engine.processes.remove(process)
 
