@@ -102,10 +102,13 @@ def _measure_coordinator() -> dict[int, dict[str, Any]]:
 
 def _measure_processes(args: argparse.Namespace, step_s: float) -> list[Run]:
     os.environ[STEP_S] = str(step_s)  # workers inherit it
-    with _engine(args.streams) as launcher:
-        assert launcher.address is not None
-        wait_until_ready(launcher.address, timeout_s=_TIMEOUT_S)
-        return asyncio.run(_repeat(launcher.address, launcher.run_dir, args))
+    try:
+        with _engine(args.streams) as launcher:
+            assert launcher.address is not None
+            wait_until_ready(launcher.address, timeout_s=_TIMEOUT_S)
+            return asyncio.run(_repeat(launcher.address, launcher.run_dir, args))
+    finally:
+        del os.environ[STEP_S]
 
 
 @contextmanager
@@ -165,7 +168,8 @@ async def _run(client: AsyncClient, run_dir: str, args: argparse.Namespace) -> R
 
 
 def _stats(run_dir: str) -> Stats:
-    link = Link[FromCoordinator, ToCoordinator](run_dir, CLIENTS, "benchmark", FromCoordinator)
+    identity = f"benchmark-{time.monotonic_ns()}"  # the last one may not be forgotten yet
+    link = Link[FromCoordinator, ToCoordinator](run_dir, CLIENTS, identity, FromCoordinator)
     link.send(GetStats(1))
     stats = link.receive(_TIMEOUT_S)
     link.close()
