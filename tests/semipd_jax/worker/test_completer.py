@@ -1,58 +1,65 @@
 """Replies of steps in flight, with steps that this test ends."""
 
 import threading
+import time
 
+import numpy as np
 import pytest
 
 from semipd_jax.runtime.compile import CompileCounter
+from semipd_jax.runtime.runner import PendingStep
+from semipd_jax.runtime.sampling import StepOutput
 from semipd_jax.worker.loop import Completer
 
 
-class Step:
-    """In flight until `end` is set; then it gives tokens or raises."""
+class Tokens:
+    """A result on the device until `end` is set; then it is there, or `error` is."""
 
-    def __init__(self, step_id, error=None):
-        self.step_id = step_id
-        self.dispatched_s = 0.0
+    def __init__(self, token_id, error=None):
         self.end = threading.Event()
+        self._token_id = token_id
         self._error = error
 
-    def wait(self):
+    def __array__(self, dtype=None, copy=None):
         assert self.end.wait(10)
         if self._error is not None:
             raise self._error
-        return bytes([self.step_id] * 4), None
+        return np.array([self._token_id], np.int32)
+
+
+def pending(step_id, tokens):
+    output = StepOutput(token_ids=tokens, logprobs=None, top_ids=None, top_logprobs=None)
+    return PendingStep(step_id, 1, False, output, time.monotonic())
 
 
 def test_steps_in_flight_are_finished_and_answered_in_order():
     completer = Completer(CompileCounter(), "worker")
-    steps = [Step(1), Step(2)]
-    for step in steps:
-        completer.add(step)
+    first, second = Tokens(11), Tokens(12)
+    completer.add(pending(1, first))
+    completer.add(pending(2, second))
     assert completer.take() == []
-    threading.Timer(0.05, steps[0].end.set).start()
-    steps[1].end.set()
-    replies = completer.finish(10)
-    assert [(r.worker_id, r.step_id, r.token_ids) for r in replies] == [
-        ("worker", 1, b"\1\1\1\1"),
-        ("worker", 2, b"\2\2\2\2"),
-    ]
-    assert all(r.device_s >= 0 for r in replies)
+    threading.Timer(0.05, first.end.set).start()
+    second.end.set()
+    replies = completer.finish(10.0)
+    assert [(r.worker_id, r.step_id) for r in replies] == [("worker", 1), ("worker", 2)]
+    assert [np.frombuffer(r.token_ids, np.int32).tolist() for r in replies] == [[11], [12]]
+    assert replies[0].device_s > 0.04
+    assert replies[1].device_s < 0.04  # it could not start before the first one ended
 
 
 def test_what_a_step_raises_reaches_the_main_thread():
     completer = Completer(CompileCounter(), "worker")
-    step = Step(1, ArithmeticError("device fault"))
-    step.end.set()
-    completer.add(step)
+    tokens = Tokens(1, ArithmeticError("device fault"))
+    tokens.end.set()
+    completer.add(pending(1, tokens))
     with pytest.raises(ArithmeticError, match="device fault"):
-        completer.finish(10)
+        completer.finish(10.0)
 
 
 def test_steps_that_do_not_end_are_not_waited_for_for_ever():
     completer = Completer(CompileCounter(), "worker")
-    stuck = Step(1)
-    completer.add(stuck)
+    tokens = Tokens(1)
+    completer.add(pending(1, tokens))
     with pytest.raises(TimeoutError, match=r"did not end within 0.05 s"):
         completer.finish(0.05)
-    stuck.end.set()
+    tokens.end.set()
