@@ -83,7 +83,6 @@ class Engine:
             "semipd_jax.worker",
             msgspec.structs.replace(spec, **changes),
             self.events,
-            environment={},
         )
         self.processes.append(process)
         return process
