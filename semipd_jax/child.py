@@ -55,7 +55,7 @@ class Child:
 
     Attributes:
       spec: what the launcher wants this process to be.
-      stopping: set once, when the launcher is gone or SIGTERM came: leave soon.
+      stopping: set once, when the launcher is gone or asks for it: leave soon.
     """
 
     def __init__(self, spec: ChildSpec, report_fd: int) -> None:
@@ -134,7 +134,8 @@ def run_child(main: Callable[[Child], None], *, grace_s: float = GRACE_S) -> Nev
     unexpected exceptions also leave a traceback on standard error.
     """
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
+    for signum in (signal.SIGINT, signal.SIGTERM):  # they reach the launcher too, which decides
+        signal.signal(signum, signal.SIG_IGN)
     lines, report_fd = _Lines(_take_over(0, os.O_RDONLY)), _take_over(1, None)
     try:
         spec, rest = _read_spec(lines)
@@ -143,9 +144,9 @@ def run_child(main: Callable[[Child], None], *, grace_s: float = GRACE_S) -> Nev
     setproctitle(f"semipd: {spec.name}")
     logs.configure(spec.name, spec.config.log_level)
     child = Child(spec, report_fd)
-    signal_fd = _watch_sigterm()
+    launcher_fd = os.pidfd_open(os.getppid())
     threading.Thread(
-        target=_watch, args=(child, lines, rest, signal_fd, grace_s), name="lifeline", daemon=True
+        target=_watch, args=(child, lines, rest, launcher_fd, grace_s), name="lifeline", daemon=True
     ).start()
     status = 0
     try:
@@ -179,23 +180,18 @@ def _read_spec(lines: _Lines) -> tuple[ChildSpec, list[bytes]]:
     raise TimeoutError(f"no ChildSpec on standard input within {_SPEC_TIMEOUT_S} s")
 
 
-def _watch_sigterm() -> int:
-    """A descriptor that becomes readable at SIGTERM, even while the main thread is in C code."""
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(write_fd)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    return read_fd
-
-
 def _watch(
-    child: Child, lines: _Lines, complete: list[bytes], signal_fd: int, grace_s: float
+    child: Child, lines: _Lines, complete: list[bytes], launcher_fd: int, grace_s: float
 ) -> None:
-    """Passes commands on until a stop is asked for. A damaged line ends the process."""
+    """Passes commands on until a stop is asked for. A damaged line ends the process.
+
+    The launcher is watched too: a process that it forked may keep our standard input open.
+    """
     try:
         while True:
             for line in complete:
                 child._command(_decode_command(line))
-            if signal_fd in select.select([lines, signal_fd], [], [])[0]:
+            if launcher_fd in select.select([lines, launcher_fd], [], [])[0]:
                 break
             complete = lines.read()
     except EOFError:

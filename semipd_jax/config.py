@@ -5,6 +5,7 @@ from the machine or the model (pages in the pool, model length) are resolved by 
 and travel in `messages.MemoryLayout`, never by changing the config.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -144,8 +145,8 @@ class TimeoutConfig:
     def __post_init__(self) -> None:
         for name in ("startup_s", "step_s"):
             value = getattr(self, name)
-            require(value > 0, name, value, "a positive number of seconds")
-        require(self.shutdown_s >= 0, "shutdown_s", self.shutdown_s, "0 or more seconds")
+            require(0 < value < math.inf, name, value, "a positive number of seconds")
+        require(0 <= self.shutdown_s < math.inf, "shutdown_s", self.shutdown_s, "0 or more seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

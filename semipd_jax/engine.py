@@ -9,7 +9,8 @@ in one program. Options are those of `python -m semipd_jax.serve`, by the same n
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -62,6 +63,8 @@ class AsyncEngine:
 
     async def start(self) -> None:
         """Returns when every process is ready; raises the EngineError that prevented it."""
+        if self._launcher is not None:
+            raise EngineError("the engine was started already")
         loop = asyncio.get_running_loop()
         launcher = Launcher(
             self._config,
@@ -73,8 +76,11 @@ class AsyncEngine:
             self._client = await EngineClient.connect(
                 launcher.run_dir, self._layout, self._config.model
             )
-        except BaseException:
+        except BaseException as error:
             await asyncio.to_thread(launcher.stop)
+            self._launcher = None
+            if isinstance(error, OSError) and launcher.error is not None:
+                raise launcher.error from error  # it ended while the client connected
             raise
 
     async def stop(self) -> None:
@@ -86,6 +92,11 @@ class AsyncEngine:
             await asyncio.to_thread(self._launcher.stop)
             self._launcher = None
         self._layout = None
+
+    def kill(self) -> None:
+        """Ends every process now, from any thread; for when the event loop cannot be waited for."""
+        if self._launcher is not None:
+            self._launcher.stop()
 
     async def __aenter__(self) -> "AsyncEngine":
         await self.start()
@@ -114,6 +125,25 @@ class AsyncEngine:
         async with aclosing(self.generate(prompt, **sampling)) as events:
             return collect([event async for event in events])
 
+    async def complete_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
+        """Generates for all prompts at the same time; results are in the order of the prompts. If
+        one fails, the others end and its error is raised."""
+        limits = self._config.scheduler
+        room = asyncio.Semaphore(limits.max_num_seqs + limits.max_num_queued_reqs // 2)
+
+        async def one(prompt: Prompt) -> Generation:
+            async with room:
+                return await self.complete(prompt, **sampling)
+
+        tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
     async def abort(self, request_id: str) -> None:
         """Ends a request; raises RequestNotFoundError if it is not running."""
         await self._running().abort(request_id)
@@ -134,20 +164,20 @@ class AsyncEngine:
 class Engine:
     """An engine for programs without an event loop; it keeps one in a thread of its own.
 
-    Starts at once. Use it in a `with` statement, or call `stop`.
+    Starts at once. Use it in a `with` statement, or call `stop`; one that is forgotten stops when
+    it is collected or the program ends.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
         self._engine = AsyncEngine(model, **options)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="semipd engine", daemon=True
-        )
-        self._thread.start()
+        thread = threading.Thread(target=self._loop.run_forever, name="semipd engine", daemon=True)
+        thread.start()
+        self._finalizer = weakref.finalize(self, _end, self._engine, self._loop, thread)
         try:
             self._run(self._engine.start(), timeout_s=None)
         except BaseException:
-            self._end_loop()
+            self._finalizer()
             raise
 
     @property
@@ -160,13 +190,8 @@ class Engine:
         return self._run(self._engine.complete(prompt, **sampling), timeout_s=None)
 
     def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
-        """Generates for all prompts at the same time; results are in the order of the prompts."""
-
-        async def all_of_them() -> list[Generation]:
-            tasks = (self._engine.complete(prompt, **sampling) for prompt in prompts)
-            return await asyncio.gather(*tasks)
-
-        return self._run(all_of_them(), timeout_s=None)
+        """See `AsyncEngine.complete_many`."""
+        return self._run(self._engine.complete_many(prompts, **sampling), timeout_s=None)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Event]:
         """Yields events as they come. Closing the iterator ends the request."""
@@ -175,16 +200,17 @@ class Engine:
             while (event := self._run(anext(events, None), timeout_s=None)) is not None:
                 yield event
         finally:
-            self._run(events.aclose(), timeout_s=_CALL_TIMEOUT_S)
+            if self._finalizer.alive:
+                self._run(events.aclose(), timeout_s=_CALL_TIMEOUT_S)
 
     def stats(self) -> Stats:
         return self._run(self._engine.stats(), timeout_s=_CALL_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ends what runs and every process. Safe to call twice."""
-        if not self._loop.is_closed():
+        if self._finalizer.alive:
             self._run(self._engine.stop(), timeout_s=_CALL_TIMEOUT_S)
-            self._end_loop()
+            self._finalizer()
 
     def __enter__(self) -> "Engine":
         return self
@@ -192,16 +218,31 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _run(self, awaitable: Any, *, timeout_s: float | None) -> Any:
+    def _run(self, awaitable: Awaitable[Any], *, timeout_s: float | None) -> Any:
+        """The result. A caller that is interrupted, or waits in vain, ends what it asked for."""
+
         async def run() -> Any:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout_s)
+        running = run()
+        if not self._finalizer.alive:
+            running.close()
+            raise UnavailableError("the engine is stopped")
+        future = asyncio.run_coroutine_threadsafe(running, self._loop)
+        try:
+            return future.result(timeout_s)
+        except BaseException:
+            future.cancel()
+            raise
 
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CALL_TIMEOUT_S)
-        self._loop.close()
+
+def _end(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Leaves no process and no thread. At the end of the program no new thread can be had, so the
+    launcher is stopped from this one."""
+    engine.kill()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(_CALL_TIMEOUT_S)
+    loop.close()
 
 
 def collect(events: Sequence[Event]) -> Generation:

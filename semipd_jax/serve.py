@@ -74,6 +74,8 @@ def _serve(config: EngineConfig, front_end: FrontEnd) -> int:
     if event == "signal":
         _drain(launcher, events)
         launcher.stop()
+    elif launcher.error is None:
+        return 1  # the thread that failed has said why
     if launcher.error is not None:
         _log.error("%s", launcher.error)
         return 1
@@ -85,9 +87,11 @@ def _start(launcher: Launcher, config: EngineConfig, events: "queue.SimpleQueue[
     started_s = time.monotonic()
     try:
         layout = launcher.start()
-    except EngineError:
+    except BaseException as error:
         events.put("ended")
-        return
+        if isinstance(error, EngineError):
+            return
+        raise
     _announce(launcher, config, layout, time.monotonic() - started_s)
     events.put("started")
 
@@ -107,28 +111,31 @@ def _drain(launcher: Launcher, events: "queue.SimpleQueue[_Event]") -> None:
 def _announce(
     launcher: Launcher, config: EngineConfig, layout: MemoryLayout, seconds: float
 ) -> None:
+    """Says where and how to send a first request, whatever the log level."""
     tokens = (layout.num_pages - 1) * layout.page_size
     most = tokens / layout.max_model_len
-    _log.info(
-        "KV cache: %s tokens; room for %.1f requests of %s tokens",
-        f"{tokens:,}", most, f"{layout.max_model_len:,}",
-    )  # fmt: skip
-    _log.info("%s is served at %s after %.1f s", config.model.name, launcher.address, seconds)
-    _log.info('try:  python -m semipd_server.client --target %s "def main"', launcher.address)
+    print(
+        f"KV cache: {tokens:,} tokens; room for {most:.1f} requests of {layout.max_model_len:,}\n"
+        f"{config.model.name} is served at {launcher.address} after {seconds:.1f} s; try:\n"
+        f'  python -m semipd_server.client --target {launcher.address} "def main():"',
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class _ProgressLog:
     """Logs a stage's first and last progress, and one in between every now and then."""
 
     def __init__(self) -> None:
-        self._logged_s: dict[str, float] = {}
+        self._logged_s: dict[tuple[str, str], float] = {}
 
     def __call__(self, name: str, progress: Progress) -> None:
         now = time.monotonic()
-        recent = now - self._logged_s.get(name, -_PROGRESS_EVERY_S) < _PROGRESS_EVERY_S
+        stage = name, progress.stage
+        recent = now - self._logged_s.get(stage, -_PROGRESS_EVERY_S) < _PROGRESS_EVERY_S
         if recent and progress.done < progress.total:
             return
-        self._logged_s[name] = now
+        self._logged_s[stage] = now
         text = progress.detail or f"{progress.done}/{progress.total}"
         _log.info("%s: %s %s", name, progress.stage, text)
 

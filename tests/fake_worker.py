@@ -1,7 +1,7 @@
 """`python -m fake_worker`: a worker process whose device is `fake_device`.
 
-A file `die-PHASE` in the run directory makes workers of that phase die at start, `hang-PHASE` makes
-them hold the next step for good.
+A file in the run directory changes what workers of a phase do: with `die-PHASE` they die at start,
+with `sleep-PHASE` they never become ready, with `hang-PHASE` one holds the next step for good.
 """
 
 import os
@@ -22,6 +22,9 @@ def main(child: Child) -> None:
     directory = Path(spec.run_dir)
     if (directory / f"die-{spec.phase}").exists():
         os._exit(9)
+    if (directory / f"sleep-{spec.phase}").exists():
+        child.wait(3600)
+        return
     device = FakeDevice(
         num_pages=layout.num_pages,
         page_size=layout.page_size,

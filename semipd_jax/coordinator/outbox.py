@@ -1,5 +1,6 @@
 """What clients are told: the results of one reply, one message per client."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,15 +20,15 @@ class _Batch:
 
 def outputs(result: Result) -> list[tuple[str, Outputs]]:
     """(client, message) for every client that the result concerns."""
-    batches: dict[str, _Batch] = {}
+    batches: defaultdict[str, _Batch] = defaultdict(_Batch)
     for token in result.tokens:
-        batch = batches.setdefault(token.request.client, _Batch())
+        batch = batches[token.request.client]
         if token.logprob is not None:
             batch.logprobs.append((len(batch.handles), token.logprob))
         batch.handles.append(token.request.handle)
         batch.token_ids.append(token.token_id)
     for ending in result.endings:
-        batches.setdefault(ending.request.client, _Batch()).done.append(_done(ending))
+        batches[ending.request.client].done.append(_done(ending))
     return [(client, _message(batch)) for client, batch in batches.items()]
 
 

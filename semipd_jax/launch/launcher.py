@@ -37,8 +37,10 @@ from semipd_jax.messages import (
 )
 
 MAX_FAILED_STARTS: Final = 5
-"""Replacements of one worker that may die in a row before becoming ready."""
+"""Replacements of one worker that may fail in a row before they are ready. One that was killed from
+outside does not count: that says nothing about the worker."""
 
+_TICK_S: Final = 1.0
 _STOP_S: Final = 12.0  # a little more than a child's own grace period
 _PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
@@ -64,13 +66,19 @@ class FrontEnd:
 
 @dataclass(slots=True)
 class _WorkerSlot:
-    """One worker as the engine sees it; the process behind it may be replaced."""
+    """One worker as the engine sees it; the process behind it may be replaced.
+
+    Attributes:
+      down_since_s: when a worker that was ready died; None while one is ready, and at the start.
+      num_failed_starts: replacements in a row that ended themselves before they were ready.
+    """
 
     phase: Phase
     share: float
     process: Process | None = None
     worker_id: str = ""
     is_ready: bool = False
+    down_since_s: float | None = None
     num_starts: int = 0
     num_failed_starts: int = 0
 
@@ -173,12 +181,21 @@ class Launcher:
                 spec = self._spec("front end", extra=self._front_end_spec.extra)
                 self._front_end = self._spawn(self._front_end_spec.module, spec)
             self._owner = self._spawn(self._modules.owner, self._spec("memory owner"))
-            while (event := self._events.get()) is not None:
-                self._handle(*event)
+            while not self._stopping:
+                self._next_event()
         except Exception as error:
             _log.exception("the launcher failed")
             self._end(EngineError(f"the launcher failed: {error}"))
         self._tear_down()
+
+    def _next_event(self) -> None:
+        try:
+            event = self._events.get(timeout=_TICK_S)
+        except queue.Empty:
+            event = None
+        if event is not None:
+            self._handle(*event)
+        self._check_outages()
 
     def _handle(self, process: Process, message: FromChild | Exited) -> None:
         match message:
@@ -194,6 +211,8 @@ class Launcher:
                 self._exited(process, status)
 
     def _ready(self, process: Process, message: Ready) -> None:
+        if self._stopping:
+            return
         if process is self._front_end:
             self.address = message.address
         elif process is self._owner:
@@ -206,6 +225,7 @@ class Launcher:
             self._coordinator_ready = True
         elif (slot := self._slot_of(process)) is not None:
             slot.is_ready = True
+            slot.down_since_s = None
             slot.num_failed_starts = 0
         if not self._started.is_set() and not self._not_ready():
             assert self._layout is not None
@@ -249,7 +269,9 @@ class Launcher:
 
     def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
         _log.warning("%s", _failure(f"{slot.phase} worker {slot.share:.2f}", status, words))
-        if not slot.is_ready:
+        if slot.is_ready:
+            slot.down_since_s = time.monotonic()
+        elif status >= 0:
             slot.num_failed_starts += 1
         if slot.num_failed_starts >= MAX_FAILED_STARTS:
             self._end(
@@ -263,6 +285,17 @@ class Launcher:
         assert self._coordinator is not None
         self._coordinator.send(WorkerLost(worker_id=slot.worker_id))
         self._start_worker(slot)
+
+    def _check_outages(self) -> None:
+        """Ends the engine if a phase has been without a worker for longer than a start may take."""
+        limit_s = self._config.timeouts.startup_s
+        for slot in self._slots:
+            if slot.down_since_s is not None and time.monotonic() - slot.down_since_s > limit_s:
+                self._end(
+                    EngineError(
+                        f"no {slot.phase} worker became ready in {limit_s:.0f} s (startup_s)"
+                    )
+                )
 
     def _replace_stalled(self, worker_id: str) -> None:
         for slot in self._slots:
@@ -294,7 +327,7 @@ class Launcher:
         )
 
     def _spawn(self, module: str, spec: ChildSpec) -> Process:
-        process = Process(module, spec, self._events, environment={})
+        process = Process(module, spec, self._events)
         self._processes.append(process)
         return process
 

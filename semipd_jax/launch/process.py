@@ -3,13 +3,11 @@
 import contextlib
 import io
 import logging
-import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,8 +44,6 @@ class Process:
         module: str,
         spec: ChildSpec,
         events: Events,
-        *,
-        environment: Mapping[str, str],
     ) -> None:
         self.name = spec.name
         self.spec = spec
@@ -56,7 +52,6 @@ class Process:
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | environment,
             process_group=0,
         )
         assert isinstance(self._popen.stdin, io.BufferedWriter)

@@ -27,9 +27,9 @@ from semipd_jax.scheduler.state import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Token:
-    """One new token of a request."""
+    """One new token of a request. Not frozen: that would double the cost of making one."""
 
     request: RequestState
     token_id: int

@@ -164,20 +164,17 @@ def test_concurrent_reports_stay_whole() -> None:
         assert [m.done for m in messages if m.stage == name] == list(range(50))
 
 
-@pytest.mark.parametrize("how", ["end of file", "SIGTERM"])
-def test_stops(how: str) -> None:
+def test_stops_at_end_of_file() -> None:
     with child(wait_for_stop("child.progress('left', 0, 0)")) as process:
         process.hear()
-        if how == "SIGTERM":
-            process.popen.terminate()
-            assert process.hear().stage == "left"
         assert process.end()[0] == 0  # communicate() closes standard input
 
 
-def test_ignores_ctrl_c() -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group_are_the_launchers_business(signum: int) -> None:
     with child(wait_for_stop()) as process:
         process.hear()
-        process.popen.send_signal(signal.SIGINT)
+        process.popen.send_signal(signum)
         with pytest.raises(subprocess.TimeoutExpired):
             process.popen.wait(0.3)
         assert process.end()[0] == 0
@@ -193,12 +190,9 @@ def test_ignores_ctrl_c() -> None:
     ],
     ids=["in python", "in c", "on its way out"],
 )
-@pytest.mark.parametrize("how", ["end of file", "SIGTERM"])
-def test_child_that_does_not_stop_is_ended_and_says_where_it_hung(body: str, how: str) -> None:
+def test_child_that_does_not_stop_is_ended_and_says_where_it_hung(body: str) -> None:
     with child(body) as process:
         process.hear()
-        if how == "SIGTERM":
-            process.popen.terminate()
         status, stderr, _ = process.end()
         assert status == 1
         assert "Timeout (0:00:00.500000)!" in stderr

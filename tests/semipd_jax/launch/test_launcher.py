@@ -154,6 +154,34 @@ def test_a_worker_that_cannot_start_again_ends_the_engine(launcher, failures):
     assert f"{MAX_FAILED_STARTS}th replacement" in str(failures[0])
 
 
+def test_a_phase_without_a_worker_for_too_long_ends_the_engine(failures):
+    launcher = Launcher(config(startup_s=6.0), modules=FAKES, on_failure=failures.append)
+    launcher.start()
+    (Path(launcher.run_dir) / "sleep-decode").touch()
+    children()["decode worker 1.00"].kill()
+    assert launcher.finished.wait(30)
+    wait_until(lambda: failures)
+    assert str(failures[0]) == "no decode worker became ready in 6 s (startup_s)"
+    assert not children()
+
+
+def test_replacements_killed_from_outside_are_no_failed_starts(launcher, failures):
+    client = Client(launcher)
+    sleeping = Path(launcher.run_dir) / "sleep-decode"
+    sleeping.touch()
+    for _ in range(MAX_FAILED_STARTS + 1):
+        wait_until(lambda: "decode worker 1.00" in children())
+        victim = children()["decode worker 1.00"]
+        victim.kill()
+        psutil.wait_procs([victim], timeout=10)
+    sleeping.unlink()
+    wait_until(lambda: "decode worker 1.00" in children())
+    children()["decode worker 1.00"].kill()  # the last one that sleeps
+    assert client.generate(1, max_tokens=10) == expected(1, 10)
+    client.close()
+    assert failures == []
+
+
 def test_the_reason_of_a_failed_start_is_raised():
     bad = EngineConfig(model=ModelConfig(path="none", seed=13))
     launcher = Launcher(bad, modules=FAKES)

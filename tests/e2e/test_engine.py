@@ -1,0 +1,96 @@
+"""The library: what happens when it is used in unforeseen ways."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from semipd_jax.demo import MODEL_DIR
+from semipd_jax.engine import Engine
+from semipd_jax.errors import InvalidRequestError, UnavailableError
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def small(compile_cache):
+    with Engine(
+        str(MODEL_DIR),
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        max_num_queued_reqs=4,
+        compile_cache_dir=compile_cache,
+    ) as engine:
+        yield engine
+
+
+def wait_until_idle(engine: Engine) -> None:
+    deadline = time.monotonic() + 20
+    while (stats := engine.stats()).num_running or stats.num_waiting:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.02)
+
+
+def test_more_prompts_than_the_queue_holds(small):
+    results = small.generate_many([[5, 6, 7 + i] for i in range(40)], max_tokens=3, ignore_eos=True)
+    assert [len(r.token_ids) for r in results] == [3] * 40
+
+
+def test_a_bad_prompt_among_many_ends_the_others(small):
+    with pytest.raises(InvalidRequestError, match="empty"):
+        small.generate_many([PROMPT, PROMPT, []], max_tokens=1500, ignore_eos=True)
+    wait_until_idle(small)
+
+
+def test_a_stream_that_is_left_ends_its_request(small):
+    for _ in small.stream(PROMPT, max_tokens=1500, ignore_eos=True):
+        break
+    wait_until_idle(small)
+
+
+def test_after_stop_everything_says_so(compile_cache):
+    engine = Engine(
+        str(MODEL_DIR), max_num_seqs=1, max_num_batched_tokens=64, compile_cache_dir=compile_cache
+    )
+    stream = engine.stream(PROMPT, max_tokens=1500, ignore_eos=True)
+    next(stream)
+    engine.stop()
+    engine.stop()
+    with pytest.raises(UnavailableError, match="stopped"):
+        engine.generate(PROMPT)
+    stream.close()
+
+
+@pytest.mark.parametrize("how", ["forgotten", "ctrl-c"])
+def test_a_program_that_ends_leaves_nothing(compile_cache, how):
+    code = """
+import sys
+from semipd_jax import Engine
+small = {"max_num_seqs": 1, "max_num_batched_tokens": 64}
+engine = Engine(sys.argv[1], compile_cache_dir=sys.argv[2], **small)
+stream = engine.stream([5, 6, 7], max_tokens=1500, ignore_eos=True)
+next(stream)
+print(engine._engine._launcher.run_dir, flush=True)
+if sys.argv[3] == "ctrl-c":
+    engine.generate([5, 6, 7], max_tokens=2000, ignore_eos=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(MODEL_DIR), compile_cache, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        run_dir = program.stdout.readline().strip()
+        assert run_dir
+        family = psutil.Process(program.pid).children(recursive=True) if how == "ctrl-c" else []
+        if how == "ctrl-c":
+            program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=40)
+        assert program.returncode == (0 if how == "forgotten" else -signal.SIGINT), errors
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not os.path.exists(run_dir)
