@@ -132,7 +132,7 @@ def test_token_depends_neither_on_row_nor_on_batch():
     everything = chosen(np.arange(num_rows))
     shuffled = rng.permutation(num_rows)
     np.testing.assert_array_equal(chosen(shuffled), everything[shuffled])
-    for size in (1, 3, 8):
+    for size in (1, 8):
         part = rng.permutation(num_rows)[:size]
         np.testing.assert_array_equal(chosen(part), everything[part])
 

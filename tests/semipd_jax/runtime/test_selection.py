@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,6 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from semipd_jax.runtime import selection
+
+argmax = jax.jit(selection.argmax)
+categorical = jax.jit(selection.categorical)
 
 ALMOST_ONE = np.float32(1 - 2**-24)
 
@@ -16,7 +20,7 @@ def test_argmax_is_the_first_largest(size, seed):
     rng = np.random.default_rng(seed)
     x = rng.integers(-3, 3, (3, size)).astype(np.float32)
     x[0] = -np.inf
-    np.testing.assert_array_equal(selection.argmax(jnp.asarray(x)), np.argmax(x, axis=1))
+    np.testing.assert_array_equal(argmax(jnp.asarray(x)), np.argmax(x, axis=1))
 
 
 @pytest.mark.parametrize("size", [3, 64, 300, 1024, 1025])
@@ -34,7 +38,7 @@ def test_categorical_follows_the_weights(size):
     weights = rng.exponential(size=size).astype(np.float32)
     weights[rng.permutation(size)[: size // 2]] = 0
     u, v = rng.random((2, num_draws), np.float32)
-    drawn = selection.categorical(
+    drawn = categorical(
         jnp.broadcast_to(weights[None], (num_draws, size)), jnp.asarray(u), jnp.asarray(v)
     )
     counts = np.bincount(drawn, minlength=size)
@@ -53,7 +57,7 @@ def test_categorical_never_picks_weight_zero(size, seed):
         chosen = rng.permutation(size)[: rng.integers(1, 4)]
         row[chosen] = rng.choice([1e-30, 1e-7, 0.3, 1.0], len(chosen))
     u, v = rng.choice(np.array([0, 0.5, ALMOST_ONE], np.float32), (2, 4))
-    drawn = np.asarray(selection.categorical(jnp.asarray(weights), jnp.asarray(u), jnp.asarray(v)))
+    drawn = np.asarray(categorical(jnp.asarray(weights), jnp.asarray(u), jnp.asarray(v)))
     assert (weights[np.arange(4), drawn] > 0).all()
 
 
@@ -63,6 +67,6 @@ def test_categorical_resolves_rare_tokens_of_a_large_vocabulary():
     rng = np.random.default_rng(0)
     weights = jnp.ones((200, size), jnp.float32)
     u, v = rng.random((2, 200), np.float32)
-    drawn = np.asarray(selection.categorical(weights, jnp.asarray(u), jnp.asarray(v)))
+    drawn = np.asarray(categorical(weights, jnp.asarray(u), jnp.asarray(v)))
     assert len(set(drawn % 256)) > 100
     assert stats.kstest(drawn / size, "uniform").pvalue > 1e-4
