@@ -10,7 +10,7 @@ in one program. Options are those of `python -m semipd_jax.serve`, by the same n
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -175,7 +175,7 @@ class Engine:
         thread.start()
         self._finalizer = weakref.finalize(self, _end, self._engine, self._loop, thread)
         try:
-            self._run(self._engine.start(), timeout_s=None)
+            self._run(self._engine.start, timeout_s=None)
         except BaseException:
             self._finalizer()
             raise
@@ -187,29 +187,29 @@ class Engine:
 
     def generate(self, prompt: Prompt, **sampling: Any) -> Generation:
         """Generates to the end. See `AsyncEngine.generate`."""
-        return self._run(self._engine.complete(prompt, **sampling), timeout_s=None)
+        return self._run(lambda: self._engine.complete(prompt, **sampling), timeout_s=None)
 
     def generate_many(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Generation]:
         """See `AsyncEngine.complete_many`."""
-        return self._run(self._engine.complete_many(prompts, **sampling), timeout_s=None)
+        return self._run(lambda: self._engine.complete_many(prompts, **sampling), timeout_s=None)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Event]:
         """Yields events as they come. Closing the iterator ends the request."""
         events = self._engine.generate(prompt, **sampling)
         try:
-            while (event := self._run(anext(events, None), timeout_s=None)) is not None:
+            while (event := self._run(lambda: anext(events, None), timeout_s=None)) is not None:
                 yield event
         finally:
             if self._finalizer.alive:
-                self._run(events.aclose(), timeout_s=_CALL_TIMEOUT_S)
+                self._run(events.aclose, timeout_s=_CALL_TIMEOUT_S)
 
     def stats(self) -> Stats:
-        return self._run(self._engine.stats(), timeout_s=_CALL_TIMEOUT_S)
+        return self._run(self._engine.stats, timeout_s=_CALL_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ends what runs and every process. Safe to call twice."""
         if self._finalizer.alive:
-            self._run(self._engine.stop(), timeout_s=_CALL_TIMEOUT_S)
+            self._run(self._engine.stop, timeout_s=_CALL_TIMEOUT_S)
             self._finalizer()
 
     def __enter__(self) -> "Engine":
@@ -218,17 +218,15 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _run(self, awaitable: Awaitable[Any], *, timeout_s: float | None) -> Any:
+    def _run(self, begin: Callable[[], Awaitable[Any]], *, timeout_s: float | None) -> Any:
         """The result. A caller that is interrupted, or waits in vain, ends what it asked for."""
 
         async def run() -> Any:
-            return await awaitable
+            return await begin()
 
-        running = run()
         if not self._finalizer.alive:
-            running.close()
             raise UnavailableError("the engine is stopped")
-        future = asyncio.run_coroutine_threadsafe(running, self._loop)
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
             return future.result(timeout_s)
         except BaseException:
