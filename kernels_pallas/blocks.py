@@ -1,7 +1,7 @@
 """Attention over blocks of paged keys in plain JAX, written for XLA:CPU.
 
 A block is a few pages of one row. The functions take W blocks at once: keys and values are
-[W, K, pages, page_size, H], queries [W, K, G, H], where G queries share a kv head.
+[W, K, S, H], queries [W, K, G, H], where G queries share a kv head.
 """
 
 from typing import Final, NamedTuple
@@ -38,9 +38,7 @@ class Softmax(NamedTuple):
         """Nothing seen yet; `shape` is (W, K, G, H)."""
         return Softmax(jnp.full(shape[:-1], LOWEST), jnp.zeros(shape[:-1]), jnp.zeros(shape))
 
-    def add(
-        self, logits: Float32[Array, "W K G S"], v: Float32[Array, "W K n page H"]
-    ) -> "Softmax":
+    def add(self, logits: Float32[Array, "W K G S"], v: Float32[Array, "W K S H"]) -> "Softmax":
         """Also attends to one more block of keys with these logits and values."""
         highest = jnp.maximum(self.highest, jnp.max(logits, axis=-1))
         keep = jnp.exp(self.highest - highest)
@@ -92,20 +90,20 @@ class Softmax(NamedTuple):
 
 def take(
     pages: Float[Array, "P K page H"], page_ids: Int32[Array, "W n"]
-) -> Float32[Array, "W K n page H"]:
-    """The pages of W blocks, kv heads first, gathered (page, kv head) tile by tile."""
-    num_pages, kv_heads, page_size, head_dim = pages.shape
-    tiles = pages.reshape(num_pages * kv_heads, page_size, head_dim)
-    heads = jnp.arange(kv_heads, dtype=jnp.int32)
-    indices = page_ids[:, None, :] * kv_heads + heads[None, :, None]
+) -> Float32[Array, "W K S H"]:
+    """The tokens of W blocks, kv heads first, gathered (page, kv head) tile by tile."""
+    num_pages, K, page_size, H = pages.shape
+    tiles = pages.reshape(num_pages * K, page_size, H)
+    heads = jnp.arange(K, dtype=jnp.int32)
     # Indices computed inside the gather's inner loop would keep it from being vectorised.
-    indices = jax.lax.optimization_barrier(indices)
-    return tiles.at[indices].get(mode="promise_in_bounds").astype(jnp.float32)
+    indices = jax.lax.optimization_barrier(page_ids[:, None, :] * K + heads[None, :, None])
+    tokens = tiles.at[indices.reshape(-1)].get(mode="promise_in_bounds")
+    return tokens.reshape(len(page_ids), K, -1, H).astype(jnp.float32)
 
 
 def logits_of(
     q: Float32[Array, "W K G H"],
-    k: Float32[Array, "W K n page H"],
+    k: Float32[Array, "W K S H"],
     visible: Bool[Array, "W ... S"],
     soft_cap: float | None,
 ) -> Float32[Array, "W K G S"]:
@@ -117,29 +115,28 @@ def logits_of(
 
 
 def dot_keys(
-    q: Float32[Array, "W K G H"], k: Float32[Array, "W K n page H"]
+    q: Float32[Array, "W K G H"], k: Float32[Array, "W K S H"]
 ) -> Float32[Array, "W K G S"]:
     """q · k for all keys of each block."""
-    W, K, G, H = q.shape
+    G, H = q.shape[2:]
     if G > 1:
-        return jnp.einsum("wkgh,wksh->wkgs", q, k.reshape(W, K, -1, H))
+        return jnp.einsum("wkgh,wksh->wkgs", q, k)
     # With one query per key XLA fuses the products with the gather: the keys are never copied.
     width = _divisor(H, LANES)
-    products = [q[..., None, i : i + width] * k[..., i : i + width] for i in range(0, H, width)]
-    return jnp.sum(jax.lax.optimization_barrier(sum(products)), axis=-1).reshape(W, K, G, -1)
+    products = [q[..., i : i + width] * k[..., i : i + width] for i in range(0, H, width)]
+    return jnp.sum(jax.lax.optimization_barrier(sum(products)), axis=-1)[:, :, None]
 
 
 def dot_values(
-    weights: Float32[Array, "W K G S"], v: Float32[Array, "W K n page H"]
+    weights: Float32[Array, "W K G S"], v: Float32[Array, "W K S H"]
 ) -> Float32[Array, "W K G H"]:
     """Σ weight · value over the keys of each block."""
-    W, K, G, _ = weights.shape
-    page_size, H = v.shape[-2:]
+    W, K, G, S = weights.shape
     if G > 1:
-        return jnp.einsum("wkgs,wksh->wkgh", weights, v.reshape(W, K, -1, H))
-    rows = _divisor(page_size, ROWS)
+        return jnp.einsum("wkgs,wksh->wkgh", weights, v)
+    rows = _divisor(S, ROWS)
     weights = weights.reshape(W, K, -1, rows)
-    v = v.reshape(W, K, -1, rows, H)
+    v = v.reshape(W, K, -1, rows, v.shape[-1])
     sums = sum(weights[..., i, None] * v[..., i, :] for i in range(rows))
     return jnp.sum(jax.lax.optimization_barrier(sums), axis=2)[:, :, None]
 

@@ -21,7 +21,7 @@ BLOCK: Final = 64
 
 MAX_LANES: Final = 8
 
-MAX_BYTES: Final = 3 * 2**18
+MAX_BYTES: Final = 2**19
 """Of keys that an iteration reads: these and the values then fit a core's L2 cache."""
 
 
@@ -76,7 +76,7 @@ def paged_decode_attention(
         page_ids = page_table[row[:, None], jnp.minimum(columns, page_table.shape[1] - 1)]
         lane_queries = jax.lax.optimization_barrier(queries[row])
         logits = logits_of(lane_queries, take(k_pages, page_ids), visible[:, None], soft_cap)
-        part = part.restart((i == 0) | (index == start)).add(logits, take(v_pages, page_ids))
+        part = part.restart(index == start).add(logits, take(v_pages, page_ids))
         return parts.put(row + lanes, part), part
 
     parts = Softmax.empty(B + num_lanes, K, N // K, H)
