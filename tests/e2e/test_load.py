@@ -45,7 +45,7 @@ def test_pages_come_back_after_500_requests_with_random_aborts(compile_cache):
             compile_cache_dir=compile_cache,
         ) as engine:
             jobs = [
-                (i, rng.uniform(0, 20), rng.choice([None, None, 0, 1, 5, 20]))
+                (i, rng.uniform(0, 3), rng.choice([None, None, 0, 1, 5, 20]))
                 for i in range(NUM_REQUESTS)
             ]
             ended = await asyncio.gather(*(one(engine, *job) for job in jobs))
