@@ -34,5 +34,8 @@ bench: .venv/dev               ## the control plane alone, then the demo model u
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.serve
 
+gpu-check: .venv/base          ## acceptance on an NVIDIA GPU
+	$(BIN)/python -m benchmarks.gpu_check
+
 clean:
 	rm -rf .venv dist
