@@ -88,8 +88,9 @@ def build_config(model: str, **options: Any) -> EngineConfig:
         require(name in by_name, "option", name, ", ".join(sorted(by_name)))
         option = by_name[name]
         _check_type(option, value)
-        is_float = value is not None and value_type(option) is float
-        sections[option.section][option.field] = float(value) if is_float else value
+        if isinstance(value, int) and value_type(option) is float:
+            value = float(value)
+        sections[option.section][option.field] = value
     top = sections.pop("")
     return EngineConfig(**{s: _SECTIONS[s](**values) for s, values in sections.items()}, **top)
 
