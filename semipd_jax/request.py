@@ -26,7 +26,8 @@ class SamplingParams:
 
     Attributes:
       max_tokens: most tokens to generate; None means up to the model's length limit.
-      min_tokens: end-of-sequence and stop tokens are not sampled before this many tokens.
+      min_tokens: end-of-sequence and stop tokens are not sampled, and stop strings not looked for,
+        before this many tokens.
       temperature: 0 is greedy.
       top_p: keep the smallest set of tokens whose probability reaches this (1 keeps all).
       top_k: keep this many tokens (0 keeps all).

@@ -19,6 +19,7 @@ class OutputText:
             tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens
         )
         self._stop_strings = StopStrings(sampling.stop, include_stop=sampling.include_stop)
+        self._tokens_before_stop = sampling.min_tokens
         self._hidden = () if sampling.include_stop else frozenset(sampling.stop_token_ids)
 
     @property
@@ -28,9 +29,11 @@ class OutputText:
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token."""
+        self._tokens_before_stop -= 1
         if token_id in self._hidden:
             return ""
-        return self._stop_strings.push(self._detokenizer.push(token_id))
+        text = self._detokenizer.push(token_id)
+        return text if self._tokens_before_stop >= 0 else self._stop_strings.push(text)
 
     def finish(self) -> str:
         """The rest, when no token follows."""

@@ -30,3 +30,11 @@ def test_a_stop_token_leaves_text_only_if_asked(byte_level: Tokenizer, include: 
     text, matched = text_of(byte_level, "the fox.", sampling)
     assert text == ("the fox." if include else byte_level.decode(dog[:-1]))
     assert matched is None
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens(byte_level: Tokenizer):
+    text = "the fox. the fox."
+    first = len(byte_level.encode("the fox.", add_special_tokens=False))
+    sampling = SamplingParams(stop=("fox",), min_tokens=first)
+    assert text_of(byte_level, text, sampling) == ("the fox. the ", "fox")
+    assert text_of(byte_level, text, SamplingParams(stop=("fox",))) == ("the ", "fox")
