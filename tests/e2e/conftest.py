@@ -14,9 +14,9 @@ def compile_cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("compile-cache"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo_engine(compile_cache) -> Iterator[Engine]:
-    """The demo model, shared by the tests that leave it as they found it."""
+    """The demo model, shared by the tests of a file that leave it as they found it."""
     with Engine(
         str(MODEL_DIR), max_num_batched_tokens=128, compile_cache_dir=compile_cache
     ) as engine:
