@@ -52,6 +52,7 @@ MODEL: Final[dict[str, Any]] = {
 """config.json. 3.8 million parameters: 7.6 MB in bfloat16."""
 
 _HELD_OUT_STRIDE: Final = 5
+"""Reports measure every fifth held-out window, to leave the time to training."""
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +114,10 @@ def train(
     held_out: Int32[np.ndarray, "W window"],
     budget: Iterable[float],
 ) -> Iterator[Report]:
-    """One step for each progress that `budget` yields; a report now and then, and at the end."""
+    """One step for each progress that `budget` yields; a report now and then, and at the end.
+
+    `progress` is the spent fraction of the budget. Equal arguments give equal weights.
+    """
     optimizer = _optimizer(recipe)
     loss = loss_function(spec)
     step, evaluate = _step_function(loss, optimizer), jax.jit(loss)
@@ -218,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget")
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
     arguments = parser.parse_args(argv)
+    if arguments.minutes <= 0:
+        parser.error(f"--minutes is {arguments.minutes:g}; allowed: above 0")
     logging.basicConfig(format="%(asctime)s %(message)s")
     _log.setLevel(logging.INFO)
 

@@ -46,6 +46,7 @@ def complete(model, tokenizer, prompt, num_tokens):
 def test_the_directory_is_complete_and_small():
     sizes = {path.name: path.stat().st_size for path in MODEL_DIR.iterdir()}
     assert sizes.keys() == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -63,19 +64,19 @@ def test_the_engine_and_transformers_agree_on_what_it_is(model):
 
 
 def test_it_knows_python(model, tokenizer):
-    """A model of single-token frequencies reaches about 6 nats per token, a uniform one 8.3."""
+    """Token frequencies alone give 6.4 nats per token here, a uniform guess 8.3."""
     ids = tokenizer(UNSEEN, return_tensors="pt").input_ids
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
     assert loss < 3.5
 
 
-def test_it_completes_a_function_to_python_that_parses(model, tokenizer):
+def test_it_completes_a_function_that_parses(model, tokenizer):
     text = tokenizer.decode(complete(model, tokenizer, PROMPTS[0], 48), skip_special_tokens=True)
     assert text.startswith(PROMPTS[0])
-    complete_lines = text[: text.rindex("\n") + 1]
-    assert complete_lines.count("\n") >= 3
-    ast.parse(complete_lines)
+    (function,) = ast.parse(text.split("\n\n")[0]).body
+    assert isinstance(function, ast.FunctionDef)
+    assert isinstance(function.body[0], ast.With)
 
 
 def test_its_choices_are_clear(model, tokenizer):

@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM
 from semipd_jax.demo import checkpoint
 from semipd_jax.demo.corpus import Document
 from semipd_jax.demo.tokenizer import train_tokenizer
-from semipd_jax.demo.train import MODEL, Recipe, clock, learning_rate, loss_function, train
+from semipd_jax.demo.train import (
+    MODEL,
+    Recipe,
+    clock,
+    learning_rate,
+    loss_function,
+    main,
+    train,
+)
 from semipd_jax.demo.windows import make_windows
 from semipd_jax.models.registry import parse_spec
 
@@ -122,3 +130,10 @@ def test_the_clock_ends_with_the_whole_budget():
     *before, last = clock(minutes=1e-4)
     assert last == 1.0
     assert all(progress < 1.0 for progress in before)
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1"])
+def test_a_budget_of_no_time_is_refused(tmp_path, capsys, minutes):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), f"--minutes={minutes}"])
+    assert f"--minutes is {minutes}; allowed: above 0" in capsys.readouterr().err
