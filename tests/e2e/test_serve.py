@@ -73,6 +73,13 @@ def health(target: str) -> health_pb2.HealthCheckResponse.ServingStatus:
         return stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status
 
 
+def wait_until_draining(target: str) -> None:
+    deadline = time.monotonic() + 20
+    while health(target) == health_pb2.HealthCheckResponse.SERVING:
+        assert time.monotonic() < deadline, "the server does not drain"
+        time.sleep(0.01)
+
+
 def test_serves_then_drains_at_sigterm(running):
     server, target = running
     assert health(target) == health_pb2.HealthCheckResponse.SERVING
@@ -81,10 +88,10 @@ def test_serves_then_drains_at_sigterm(running):
     with Client(target) as client:
         assert client.complete("def main():\n", max_tokens=20, temperature=0.0)
         family = list(server.family().values())
-        events = client.generate([5, 6, 7], max_tokens=300, ignore_eos=True)
+        events = client.generate([5, 6, 7], max_tokens=1000, ignore_eos=True)
         assert next(events) is not None
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for("stopping")
+        wait_until_draining(target)
         with pytest.raises(EngineError), Client(target) as late:
             late.complete("too late", max_tokens=1)
         ended = [*events][-1]
