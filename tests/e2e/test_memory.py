@@ -13,12 +13,12 @@ MIB = 1 << 20
 
 
 def test_private_memory_of_workers_does_not_grow_with_the_model(tmp_path, compile_cache):
-    """A private copy in just one worker would make the growth as large as the weights'. Half of
-    that is far above what allocators and the compiler keep, and far below a copy."""
+    """What allocators and the compiler keep differs by some 60 MiB from start to start, whatever
+    the model: the weights must be much larger than that for a fifth of them to tell."""
     small, small_bytes = _private_bytes(_checkpoint(tmp_path / "small", 512), compile_cache)
-    large, large_bytes = _private_bytes(_checkpoint(tmp_path / "large", 16_000), compile_cache)
+    large, large_bytes = _private_bytes(_checkpoint(tmp_path / "large", 48_000), compile_cache)
     assert large_bytes - small_bytes > 150 * MIB
-    assert large - small < 0.5 * (large_bytes - small_bytes)
+    assert large - small < 0.2 * (large_bytes - small_bytes)
 
 
 def _checkpoint(directory: Path, intermediate_size: int) -> Path:
