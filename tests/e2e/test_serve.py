@@ -122,22 +122,25 @@ def test_death_of_a_process_that_cannot_be_replaced_ends_the_server(running, nam
     server, target = running
     family = server.family()
     outcome: list[object] = []
+    begun = threading.Event()
 
     def stream() -> None:
         with Client(target) as client:
             try:
-                outcome.extend(client.generate([5, 6, 7], max_tokens=1500, ignore_eos=True))
-            except EngineError as error:
+                for event in client.generate([5, 6, 7], max_tokens=1500, ignore_eos=True):
+                    outcome.append(event)
+                    begun.set()
+            except (EngineError, grpc.RpcError) as error:
                 outcome.append(error)
 
     streaming = threading.Thread(target=stream)
     streaming.start()
-    server.wait_for("")
+    assert begun.wait(30)
     family[name].kill()
     assert server.process.wait(20) == 1
     streaming.join(20)
     assert not streaming.is_alive(), "the client hangs"
-    assert isinstance(outcome[-1], EngineError)
+    assert isinstance(outcome[-1], EngineError), outcome[-1]
     assert f"{name} was killed by signal 9" in server.log
     assert not psutil.wait_procs(list(family.values()), timeout=5)[1]
 
