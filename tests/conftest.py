@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, here and in children
+
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
