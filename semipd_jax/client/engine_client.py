@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from semipd_jax.client.observations import ERROR, Observations, RequestTimes
 from semipd_jax.client.prompt import Prompt, PromptEncoder
 from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
 from semipd_jax.client.stream import Stream
@@ -65,6 +66,9 @@ class EngineClient:
       generation_defaults: the model's, by `load_generation_defaults`.
 
     Attributes:
+      tokenizer: the model's.
+      layout: as given.
+      observations: of every request since the client was made.
       failed: set when the link itself failed; every request has ended then.
     """
 
@@ -77,8 +81,9 @@ class EngineClient:
         generation_defaults: Mapping[str, Any],
     ) -> None:
         self._run_dir = run_dir
-        self._layout = layout
-        self._tokenizer = tokenizer
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.observations = Observations(layout.max_model_len)
         self._defaults = generation_defaults
         self._seeds = random.Random(model.seed)
         self._prompts = PromptEncoder(tokenizer, layout.max_model_len)
@@ -124,6 +129,7 @@ class EngineClient:
         self._lost = error
         for stream in self._streams.values():
             stream.fail(str(error))
+            self.observations.gave_up(ERROR)
         self._streams.clear()
         self._handles.clear()
         for query in self._queries.values():
@@ -149,7 +155,12 @@ class EngineClient:
           InvalidRequestError, DuplicateRequestError, OverloadedError, UnavailableError,
           RequestFailedError.
         """
-        stream = await self._submit(prompt, sampling, request_id or uuid.uuid4().hex)
+        times = RequestTimes(self.observations.clock())
+        try:
+            stream = await self._submit(prompt, sampling, request_id or uuid.uuid4().hex, times)
+        except EngineError as error:
+            self.observations.refusal(error)
+            raise
         try:
             while True:
                 event = await stream.next()
@@ -159,6 +170,7 @@ class EngineClient:
         finally:
             if self._forget(stream):
                 self._abort(stream.handle, FinishReason.ABORT)
+                self.observations.gave_up(FinishReason.ABORT)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream ends with reason ABORT.
@@ -171,13 +183,14 @@ class EngineClient:
             raise RequestNotFoundError(f"no running request has id {request_id!r:.200}")
         self._abort(handle, FinishReason.ABORT)
 
-    async def stats(self) -> Stats:
+    async def stats(self, *, timeout_s: float = _STATS_TIMEOUT_S) -> Stats:
+        """Raises UnavailableError if the coordinator does not answer in time."""
         link = self._connected()
         query_id = next(self._numbers)
         query = self._queries[query_id] = asyncio.get_running_loop().create_future()
         try:
             link.send(GetStats(query_id))
-            return await asyncio.wait_for(query, _STATS_TIMEOUT_S)
+            return await asyncio.wait_for(query, timeout_s)
         except (TimeoutError, BlockingIOError) as error:
             raise UnavailableError("the coordinator does not answer") from error
         finally:
@@ -193,7 +206,11 @@ class EngineClient:
     # ------------------------------------------------------------ requests
 
     async def _submit(
-        self, prompt: Prompt, sampling: SamplingParams | Mapping[str, Any], request_id: str
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | Mapping[str, Any],
+        request_id: str,
+        times: RequestTimes,
     ) -> Stream:
         self._connected()
         _check_request_id(request_id)
@@ -203,7 +220,7 @@ class EngineClient:
             raise DuplicateRequestError(f"a request with id {request_id!r} is running")
         link = self._connected()
         handle = next(self._numbers)
-        text = OutputText(self._tokenizer, token_ids, params)
+        text = OutputText(self.tokenizer, token_ids, params)
         try:
             link.send(
                 Submit(
@@ -213,7 +230,7 @@ class EngineClient:
             )
         except BlockingIOError as error:
             raise OverloadedError(str(error)) from error
-        stream = Stream(handle, request_id, len(token_ids), text)
+        stream = Stream(handle, request_id, len(token_ids), text, times)
         self._streams[handle] = stream
         self._handles[request_id] = handle
         return stream
@@ -221,7 +238,7 @@ class EngineClient:
     def _complete(
         self, sampling: SamplingParams | Mapping[str, Any], token_ids: tuple[int, ...]
     ) -> SamplingParams:
-        layout = self._layout
+        layout = self.layout
         params = complete_sampling(
             sampling,
             self._defaults,
@@ -275,10 +292,13 @@ class EngineClient:
             case Admitted(handle=handle):
                 if stream := self._streams.get(handle):
                     stream.admitted(message)
+                    self.observations.admitted(stream.prompt_len)
             case Refused(handle=handle, message=text):
                 if stream := self._streams.get(handle):
                     self._forget(stream)
-                    stream.refused(OverloadedError(text))
+                    error = OverloadedError(text)
+                    stream.refused(error)
+                    self.observations.refusal(error)
             case Stats(query_id=query_id):
                 query = self._queries.pop(query_id, None)
                 if query is not None and not query.done():
@@ -288,16 +308,27 @@ class EngineClient:
         handles = np.frombuffer(message.handles, np.int64).tolist()
         token_ids = np.frombuffer(message.token_ids, np.int32).tolist()
         logprobs = dict(message.logprobs)
+        now_s = self.observations.clock()
         for i, (handle, token_id) in enumerate(zip(handles, token_ids, strict=True)):
             if stream := self._streams.get(handle):
-                self._take_token(stream, token_id, logprobs.get(i))
+                self._take_token(stream, token_id, logprobs.get(i), now_s)
         for done in message.done:
             if stream := self._streams.get(done.handle):
                 self._forget(stream)
                 stream.done(done)
+                if done.error is None:
+                    reason = done.reason
+                    self.observations.ended(stream.times, stream.prompt_len, reason, done.timings)
+                else:
+                    self.observations.gave_up(ERROR)
 
-    def _take_token(self, stream: Stream, token_id: int, logprob: TokenLogprob | None) -> None:
+    def _take_token(
+        self, stream: Stream, token_id: int, logprob: TokenLogprob | None, now_s: float
+    ) -> None:
         """What goes wrong with one request's text must not touch the others."""
+        if stream.is_stopped:
+            return
+        self.observations.token(stream.times, now_s)
         try:
             if stream.token(token_id, logprob):
                 self._abort(stream.handle, FinishReason.STOP)
@@ -305,6 +336,7 @@ class EngineClient:
             _log.exception("the text of request %s failed", stream.request_id)
             self._forget(stream)
             self._abort(stream.handle, FinishReason.ABORT)
+            self.observations.gave_up(ERROR)
             stream.fail("the text of this request cannot be made")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Final
 
+from semipd_jax.client.observations import RequestTimes
 from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
 from semipd_jax.messages import Admitted, Done
 from semipd_jax.request import Delta, Event, Finished, FinishReason, Started, TokenLogprob, Usage
@@ -18,12 +19,21 @@ class Stream:
 
     Attributes:
       handle: the request's number on the link.
+      times: for whoever observes the request.
     """
 
-    def __init__(self, handle: int, request_id: str, prompt_len: int, text: OutputText) -> None:
+    def __init__(
+        self,
+        handle: int,
+        request_id: str,
+        prompt_len: int,
+        text: OutputText,
+        times: RequestTimes,
+    ) -> None:
         self.handle = handle
         self.request_id = request_id
-        self._prompt_len = prompt_len
+        self.prompt_len = prompt_len
+        self.times = times
         self._output = text
         self._cached_tokens = 0
         self._num_tokens = 0
@@ -35,6 +45,11 @@ class Stream:
         self._error: EngineError | None = None
         self._arrived = asyncio.Event()
 
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string is complete; the coordinator may not know yet."""
+        return self._output.matched_stop is not None
+
     async def next(self) -> Event:
         """Waits for the next event; raises the error that ended the request."""
         while (event := self._take()) is None:
@@ -44,13 +59,13 @@ class Stream:
 
     def admitted(self, message: Admitted) -> None:
         self._cached_tokens = message.cached_tokens
-        self._started = Started(self._prompt_len, message.cached_tokens, message.queue_s)
+        self._started = Started(self.prompt_len, message.cached_tokens, message.queue_s)
         self._arrived.set()
 
     def token(self, token_id: int, logprob: TokenLogprob | None) -> bool:
         """Takes a token in. Returns True if it completes a stop string: what follows is dropped,
         and the coordinator must be told."""
-        if self._output.matched_stop is not None:
+        if self.is_stopped:
             return False
         self._num_tokens += 1
         self._token_ids.append(token_id)
@@ -69,7 +84,7 @@ class Stream:
         matched = self._output.matched_stop
         self._finished = Finished(
             reason=message.reason if matched is None else FinishReason.STOP,
-            usage=Usage(self._prompt_len, self._num_tokens, self._cached_tokens),
+            usage=Usage(self.prompt_len, self._num_tokens, self._cached_tokens),
             matched_stop=message.stop_token_id if matched is None else matched,
             timings=message.timings,
         )

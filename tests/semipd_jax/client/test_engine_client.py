@@ -6,6 +6,7 @@ import pytest
 from fake_coordinator import TIMINGS, FakeCoordinator, arithmetic, layout
 
 from semipd_jax.client import EngineClient
+from semipd_jax.client.observations import RequestTimes
 from semipd_jax.client.stream import MAX_DELTA_TOKENS, Stream
 from semipd_jax.config import ModelConfig
 from semipd_jax.errors import (
@@ -300,7 +301,7 @@ def test_a_stop_string_ends_the_request(rig, tokenizer: Tokenizer, include: bool
 
 def test_tokens_after_a_stop_string_are_dropped(tokenizer: Tokenizer):
     sampling = SamplingParams(stop=("two",))
-    stream = Stream(1, "id", 1, OutputText(tokenizer, [5], sampling))
+    stream = Stream(1, "id", 1, OutputText(tokenizer, [5], sampling), RequestTimes(0.0))
     words = tokenizer.encode("one two three", add_special_tokens=False)
     found = [stream.token(word, None) for word in words]
     assert found.count(True) == 1
@@ -353,7 +354,8 @@ def test_a_slow_reader_gets_one_delta_and_delays_nobody(rig):
 
 def test_a_very_slow_reader_gets_deltas_of_bounded_size(tokenizer: Tokenizer):
     length = 2 * MAX_DELTA_TOKENS + 5
-    stream = Stream(1, "id", 1, OutputText(tokenizer, [5], SamplingParams()))
+    text_of = OutputText(tokenizer, [5], SamplingParams())
+    stream = Stream(1, "id", 1, text_of, RequestTimes(0.0))
     word = tokenizer.encode("the", add_special_tokens=False)[0]
     for i in range(length):
         stream.token(word, TokenLogprob(word, -float(i)))
