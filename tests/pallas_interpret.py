@@ -1,13 +1,14 @@
 """Runs Pallas GPU kernels on the CPU: `run_mosaic` with race detection, and `run_triton`.
 
-Mosaic's interpreter lacks `mma` and `wgmma` with its left operand in registers, and does not see
-what `wgmma` reads from shared memory. Importing this module adds all three: every read of `wgmma`
-is checked as one of the async proxy, so that a missing wait, a slot released too early and a
+Mosaic's interpreter lacks `mma`, `wgmma` with its left operand in registers and `run_state` of an
+accumulator, and does not see what `wgmma` reads from shared memory. This module adds all four: every
+read of `wgmma` is checked as one of the async proxy, so that a missing wait, a slot released too early and a
 missing `commit_smem` are races. What stays invisible: that `wgmma` is asynchronous, and layouts.
 """
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.experimental import io_callback
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from kernels_pallas.compat import plgpu
+from kernels_pallas.compat import pl, plgpu
 
 HOPPER = "NVIDIA H100 80GB HBM3"
 
@@ -44,6 +45,7 @@ def run_mosaic(function: Callable[..., Any], *args: Any, num_sms: int = 3) -> An
         with (
             jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+            mock.patch.object(pl, "run_state", _accumulate),
         ):
             result = jax.block_until_ready(function(*args))
     except Exception as error:
@@ -73,6 +75,20 @@ def _record_races(*args: Any, **kwargs: Any) -> gpu_callbacks.GPURaceDetectionSt
 
 def _mma(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return acc + jnp.dot(a.astype(acc.dtype), b.astype(acc.dtype))
+
+
+def _accumulate(body: Callable[..., None]) -> Callable[..., jax.Array]:
+    """`run_state` of one accumulator, to which `body` only adds."""
+
+    def run(initial):
+        def scoped(acc_ref):
+            body(acc_ref)
+            return acc_ref[...]
+
+        acc = initial._init
+        return acc + pl.run_scoped(scoped, plgpu.ACC(acc.shape, acc.dtype))
+
+    return run
 
 
 def _interpret_wgmma(self, eqn, token, get_invals):
