@@ -1,9 +1,10 @@
 """Runs Pallas GPU kernels on the CPU: `run_mosaic` with race detection, and `run_triton`.
 
 Mosaic's interpreter lacks `mma`, `wgmma` with its left operand in registers and `run_state` of an
-accumulator, and does not see what `wgmma` reads from shared memory. This module adds all four: every
-read of `wgmma` is checked as one of the async proxy, so that a missing wait, a slot released too early and a
-missing `commit_smem` are races. What stays invisible: that `wgmma` is asynchronous, and layouts.
+accumulator, and does not see what `wgmma` reads from shared memory. This module adds all four:
+every read of `wgmma` is checked as one of the async proxy, so that a missing wait, a slot released
+too early and a missing `commit_smem` are races. What stays invisible: that `wgmma` is
+asynchronous, and layouts.
 """
 
 from collections.abc import Callable
