@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -21,6 +23,22 @@ class Heads:
     @property
     def page_shape(self) -> tuple[int, int, int]:
         return self.kv_heads, self.page_size, self.head_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        return 2 * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+    def spec(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
+
+
+LLAMA_8B: Final = Heads(32, 8, 128, 64, "bfloat16")
+"""Of Llama 3.1 8B, with the page size that GPUs use."""
+
+
+def int32_spec(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Float[Array, "..."]:

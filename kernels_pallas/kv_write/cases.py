@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.cases import Heads, normal
+from kernels_pallas.cases import LLAMA_8B, Heads, int32_spec, normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +20,30 @@ class Case:
     num_tokens: int
     num_dropped: int = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """That must move: new keys and values are read and written."""
+        return 2 * (self.num_tokens - self.num_dropped) * self.heads.token_bytes
+
+    @property
+    def specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of `inputs`."""
+        heads = self.heads
+        pages = heads.spec(self.num_pages, *heads.page_shape)
+        new = heads.spec(self.num_tokens, heads.kv_heads, heads.head_dim)
+        return pages, pages, new, new, int32_spec(self.num_tokens)
+
+    def rows(self, rng: np.random.Generator) -> tuple[Any, ...]:
+        """(slot_mapping,)."""
+        slots = rng.permutation(self.num_pages * self.heads.page_size)[: self.num_tokens]
+        slots[rng.permutation(self.num_tokens)[: self.num_dropped]] = -1
+        return (jnp.asarray(slots, jnp.int32),)
+
     def inputs(self, seed: int = 0) -> tuple[Any, ...]:
         """(k_pages, v_pages, k, v, slot_mapping)."""
         rng = np.random.default_rng(seed)
-        heads = self.heads
-        pages = [normal(rng, (self.num_pages, *heads.page_shape), heads.dtype) for _ in range(2)]
-        new = (self.num_tokens, heads.kv_heads, heads.head_dim)
-        k, v = (normal(rng, new, heads.dtype) for _ in range(2))
-        slots = rng.permutation(self.num_pages * heads.page_size)[: self.num_tokens]
-        slots[rng.permutation(self.num_tokens)[: self.num_dropped]] = -1
-        return *pages, k, v, jnp.asarray(slots, jnp.int32)
+        rows = self.rows(rng)
+        return *(normal(rng, s.shape, s.dtype.name) for s in self.specs[:4]), *rows
 
 
 TESTS: Final = (
@@ -41,4 +56,10 @@ TESTS: Final = (
 CPU_BENCHMARKS: Final = (
     Case("16 rows", Heads(12, 12, 64, 16), 2048, 16),
     Case("512 tokens", Heads(12, 12, 64, 16), 2048, 512),
+)
+
+GPU_BENCHMARKS: Final = (
+    Case("64 rows", LLAMA_8B, 4096, 64),
+    Case("2k tokens", LLAMA_8B, 4096, 2048),
+    Case("8k tokens", LLAMA_8B, 4096, 8192),
 )

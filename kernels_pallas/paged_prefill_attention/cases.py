@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.cases import Heads, normal, page_table
+from kernels_pallas.cases import LLAMA_8B, Heads, int32_spec, normal, page_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +31,29 @@ class Case:
     def context_lens(self) -> tuple[int, ...]:
         return tuple(q + h for q, h in zip(self.q_lens, self.histories, strict=True))
 
+    @property
+    def specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of `inputs`."""
+        heads = self.heads
+        counts = [-(-length // heads.page_size) for length in self.context_lens]
+        rows = len(counts)
+        pages = heads.spec(1 + sum(counts), *heads.page_shape)
+        q = heads.spec(sum(self.q_lens) + self.num_padding, heads.num_heads, heads.head_dim)
+        table = int32_spec(rows, max(1, *counts))
+        return q, pages, pages, int32_spec(rows + 1), table, int32_spec(rows)
+
+    def rows(self, rng: np.random.Generator) -> tuple[Any, ...]:
+        """(cu_q_lens, page_table, context_lens)."""
+        max_pages = self.specs[4].shape[1]
+        _, table = page_table(rng, self.context_lens, self.heads.page_size, max_pages)
+        cu_q_lens = jnp.asarray(np.cumsum([0, *self.q_lens]), jnp.int32)
+        return cu_q_lens, jnp.asarray(table), jnp.asarray(self.context_lens, jnp.int32)
+
     def inputs(self, seed: int = 0) -> tuple[Any, ...]:
         """(q, k_pages, v_pages, cu_q_lens, page_table, context_lens)."""
         rng = np.random.default_rng(seed)
-        heads = self.heads
-        max_pages = max(1, -(-max(self.context_lens) // heads.page_size))
-        num_pages, table = page_table(rng, self.context_lens, heads.page_size, max_pages)
-        num_tokens = sum(self.q_lens) + self.num_padding
-        q = normal(rng, (num_tokens, heads.num_heads, heads.head_dim), heads.dtype)
-        pages = [normal(rng, (num_pages, *heads.page_shape), heads.dtype) for _ in range(2)]
-        cu_q_lens = jnp.asarray(np.cumsum([0, *self.q_lens]), jnp.int32)
-        lens = jnp.asarray(self.context_lens, jnp.int32)
-        return q, *pages, cu_q_lens, jnp.asarray(table), lens
+        rows = self.rows(rng)
+        return *(normal(rng, s.shape, s.dtype.name) for s in self.specs[:3]), *rows
 
     @property
     def num_flops(self) -> int:
@@ -73,4 +85,20 @@ CPU_BENCHMARKS: Final = (
     Case("512 tokens after 4096, GQA", Heads(12, 4, 64, 16), (512,), (4096,)),
     Case("16 chunks of 32, MHA", Heads(12, 12, 64, 16), (32,) * 16, (0,) * 16),
     Case("3 prompts, MHA", Heads(12, 12, 64, 16), (100, 156, 256), (0,) * 3),
+)
+
+GPU_BENCHMARKS: Final = (
+    Case("8k tokens", LLAMA_8B, (8192,), (0,)),
+    Case("2k tokens after 8k", LLAMA_8B, (2048,), (8192,)),
+    Case("512 tokens after 16k", LLAMA_8B, (512,), (16384,)),
+    Case("16 chunks of 512", LLAMA_8B, (512,) * 16, (0,) * 16),
+    Case("chunks of 1 to 4k", LLAMA_8B, (1, 17, 300, 1000, 2000, 4096), (900, 0, 60, 0, 5000, 0)),
+    Case("8k tokens, page 16", Heads(32, 8, 128, 16, "bfloat16"), (8192,), (0,)),
+    Case("8k tokens, page 128", Heads(32, 8, 128, 128, "bfloat16"), (8192,), (0,)),
+    Case("8k tokens, window 1k", LLAMA_8B, (8192,), (0,), options={"window": 1024}),
+    Case("8k tokens, soft cap", LLAMA_8B, (8192,), (0,), options={"soft_cap": 50.0}),
+    Case("8k tokens, MHA", Heads(16, 16, 128, 64, "float16"), (8192,), (0,)),
+    Case("8k tokens, head_dim 64", Heads(32, 8, 64, 64, "bfloat16"), (8192,), (0,)),
+    Case("8k tokens, head_dim 96", Heads(32, 32, 96, 64, "bfloat16"), (8192,), (0,)),
+    Case("8k tokens, head_dim 256", Heads(16, 8, 256, 64, "bfloat16"), (8192,), (0,)),
 )
