@@ -92,7 +92,7 @@ def _logprobs(logits: Float32[Array, "B V"], token_ids: Int32[Array, " B"]) -> _
     top = jnp.max(logits, axis=1)
     norm = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1, mode="clip")[:, 0]
-    best, best_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    best, best_ids = selection.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
     missing = ((0, 0), (0, MAX_LOGPROBS - best.shape[1]))
     return chosen - norm, jnp.pad(best_ids, missing), jnp.pad(best - norm[:, None], missing)
 

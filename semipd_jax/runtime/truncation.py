@@ -39,7 +39,7 @@ def threshold(
       top_p: probability to keep; 1 keeps all.
       min_p: least probability to keep relative to the most probable token; 0 keeps all.
     """
-    best, _ = lax.top_k(scores, min(_NUM_CANDIDATES, scores.shape[1]))
+    best, _ = selection.top_k(scores, min(_NUM_CANDIDATES, scores.shape[1]))
 
     def restrict(turn: Array, least: Float32[Array, " B"]) -> Float32[Array, " B"]:
         """Top-k (turn 0) looks for k tokens of weight 1, top-p for p of what is left."""

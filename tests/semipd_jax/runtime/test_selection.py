@@ -10,6 +10,7 @@ from semipd_jax.runtime import selection
 
 argmax = jax.jit(selection.argmax)
 categorical = jax.jit(selection.categorical)
+top_k = jax.jit(selection.top_k, static_argnums=1)
 
 ALMOST_ONE = np.float32(1 - 2**-24)
 
@@ -21,6 +22,22 @@ def test_argmax_is_the_first_largest(size, seed):
     x = rng.integers(-3, 3, (3, size)).astype(np.float32)
     x[0] = -np.inf
     np.testing.assert_array_equal(argmax(jnp.asarray(x)), np.argmax(x, axis=1))
+
+
+@given(
+    st.sampled_from([(5, 5), (90, 20), (640, 2), (700, 3), (4097, 20), (9000, 64)]),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_top_k_is_the_head_of_a_stable_sort(size_k, seed):
+    size, k = size_k
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-3, rng.choice([-1, 4, 3000]), (3, size)).astype(np.float32)
+    x[0, : size - k // 2] = -np.inf
+    values, ids = top_k(jnp.asarray(x), k)
+    expected = np.argsort(-x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=1))
 
 
 @pytest.mark.parametrize("size", [3, 64, 300, 1024, 1025])
