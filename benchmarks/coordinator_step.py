@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from semipd_jax.config import ShareConfig
 from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.messages import (
     DecodeStep,
     FromWorker,
@@ -57,7 +59,7 @@ def step_times_s(*, num_rows: int, context_len: int, num_steps: int) -> list[flo
         coordinator.from_worker(WorkerReady(phase, phase, 1.0))
     sampling = SamplingParams(temperature=0.0, seed=0, ignore_eos=True, max_tokens=num_steps + 16)
     for handle in range(num_rows):
-        prompt = tuple(range(1, context_len + 1))
+        prompt = tuple(range(handle, handle + context_len))  # no two share a page
         request = Request(request_id=str(handle), prompt_token_ids=prompt, sampling=sampling)
         coordinator.from_client("client", Submit(handle, request))
     while not _is_steady(sender, num_rows):
@@ -75,7 +77,12 @@ def _coordinator(sender: _EncodingSender, num_rows: int, max_len: int) -> Coordi
         max_num_queued_reqs=num_rows,
     )
     return Coordinator(
-        Scheduler(limits), sender, sender, step_timeout_s=60.0, on_stalled=lambda _: None
+        Scheduler(limits),
+        sender,
+        sender,
+        ShareControl(ShareConfig()),
+        step_timeout_s=60.0,
+        tell_launcher=lambda _: None,
     )
 
 

@@ -15,6 +15,7 @@ from semipd_jax.errors import ConfigError
 type LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 type Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 type Platform = Literal["cpu", "cuda"]
+type SchedulingPolicy = Literal["fcfs", "spf"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -71,10 +72,12 @@ class CacheConfig:
     Attributes:
       page_size: tokens per page.
       memory_bytes: size of the pool; None lets the memory owner choose.
+      enable_prefix_caching: full pages are kept for requests that begin with the same tokens.
     """
 
     page_size: int = 16
     memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         require(self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64, 128")
@@ -88,17 +91,26 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of a step and of the queue.
+    """Limits of a step and of the queue, and the order of prefills.
 
     Attributes:
       max_num_seqs: most requests that hold a row (prefill and decode together).
       max_num_batched_tokens: most prompt tokens in one prefill step (the chunk budget).
       max_num_queued_reqs: most requests waiting for a row before new ones are refused.
+      max_num_queued_tokens: most prompt tokens that wait or are under way before new requests are
+        refused (about the TTFT to keep, times the tokens/s of prefill); None is no limit.
+      policy: within a priority class, "fcfs" prefills in the order of arrival, "spf" the shortest
+        remainder first.
+      ageing_tokens_per_s: under "spf", a second of waiting counts as this many tokens less to
+        compute. A prompt of n tokens is passed only by what arrives within n / this many seconds.
     """
 
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int | None = None
+    policy: SchedulingPolicy = "fcfs"
+    ageing_tokens_per_s: float = 2000.0
 
     def __post_init__(self) -> None:
         require(1 <= self.max_num_seqs <= 4096, "max_num_seqs", self.max_num_seqs, "1 to 4096")
@@ -113,6 +125,18 @@ class SchedulerConfig:
             "max_num_queued_reqs",
             self.max_num_queued_reqs,
             "at least 1",
+        )
+        require(
+            self.max_num_queued_tokens is None or self.max_num_queued_tokens >= 1,
+            "max_num_queued_tokens",
+            self.max_num_queued_tokens,
+            "at least 1, or unset",
+        )
+        require(
+            0 < self.ageing_tokens_per_s < math.inf,
+            "ageing_tokens_per_s",
+            self.ageing_tokens_per_s,
+            "a positive number",
         )
 
 

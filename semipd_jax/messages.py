@@ -54,6 +54,13 @@ class LogitBias(Message, frozen=True):
     values: bytes  # float32
 
 
+class History(Message, frozen=True):
+    """The first tokens of a row, whose KV other requests computed."""
+
+    row: int
+    token_ids: bytes  # int32
+
+
 class PrefillStep(Message, frozen=True):
     """Run one chunk for each of R requests, packed one after another.
 
@@ -61,6 +68,9 @@ class PrefillStep(Message, frozen=True):
     `context_lens[r]` tokens of that request. Where `samples[r]`, the chunk is the prompt's last and
     one token is sampled from its final position and written to
     `tokens[rows[r], context_lens[r]]`.
+
+    `history` is written to `tokens` before the chunks: a request's first chunk comes with the
+    tokens before it, so that its row always holds all of its tokens.
     """
 
     step_id: int
@@ -73,6 +83,7 @@ class PrefillStep(Message, frozen=True):
     page_table: bytes  # int32 [R, table_width]
     sampling: bytes  # ROW_SAMPLING [R]
     bias: LogitBias | None = None
+    history: tuple[History, ...] = ()
 
 
 class DecodeStep(Message, frozen=True):
@@ -206,7 +217,7 @@ class Stats(Message, frozen=True):
     num_running: int
     num_waiting: int
     num_pages: int
-    num_free_pages: int
+    num_free_pages: int  # of no request; those of them that are cached are given up when needed
     num_quarantined_pages: int
     num_preemptions: int
     num_prefill_steps: int
@@ -215,6 +226,9 @@ class Stats(Message, frozen=True):
     num_compiles: int  # after warm-up
     max_plan_s: float
     mean_plan_s: float
+    num_cached_pages: int  # that requests may find, whether or not others use them now
+    prefix_cache_queries: int  # prompt tokens of admitted requests
+    prefix_cache_hits: int  # those of them whose KV was there
 
 
 type FromCoordinator = Refused | Admitted | Outputs | Stats

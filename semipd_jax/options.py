@@ -33,6 +33,12 @@ OPTIONS: Final = (
     Option("seed", "model", "seed", "of dummy weights and of requests without a seed"),
     Option("block_size", "cache", "page_size", "tokens per KV page"),
     Option("kv_cache_memory_bytes", "cache", "memory_bytes", "size of the KV pool [by memory]"),
+    Option(
+        "enable_prefix_caching",
+        "cache",
+        "enable_prefix_caching",
+        "keep full pages for requests that begin with the same tokens",
+    ),
     Option("max_num_seqs", "scheduler", "max_num_seqs", "most requests running at once"),
     Option(
         "max_num_batched_tokens",
@@ -45,6 +51,24 @@ OPTIONS: Final = (
         "scheduler",
         "max_num_queued_reqs",
         "most requests waiting before new ones are refused",
+    ),
+    Option(
+        "max_num_queued_tokens",
+        "scheduler",
+        "max_num_queued_tokens",
+        "most prompt tokens to compute before new requests are refused [no limit]",
+    ),
+    Option(
+        "scheduling_policy",
+        "scheduler",
+        "policy",
+        "order of prefills of one priority: of arrival, or shortest remainder first",
+    ),
+    Option(
+        "ageing_tokens_per_s",
+        "scheduler",
+        "ageing_tokens_per_s",
+        "spf: a second of waiting counts as this many tokens less to compute",
     ),
     Option("prefill_share", "shares", "prefill", "fraction of the compute that prefill may use"),
     Option("decode_share", "shares", "decode", "fraction of the compute that decode may use"),
@@ -102,7 +126,7 @@ def choices(option: Option) -> tuple[str, ...] | None:
 
 
 def value_type(option: Option) -> type:
-    """int, float or str."""
+    """bool, int, float or str."""
     if choices(option) is not None:
         return str
     annotation = _annotation(option)
@@ -127,9 +151,9 @@ def _check_type(option: Option, value: object) -> None:
     kind = value_type(option)
     allowed = (int, float) if kind is float else (kind,)
     unset = value is None and default(option) is None
-    is_number = not isinstance(value, bool)
+    is_right = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
     require(
-        unset or (isinstance(value, allowed) and is_number),
+        unset or is_right,
         option.name,
         value,
         f"a value of type {kind.__name__}",

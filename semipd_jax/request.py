@@ -12,6 +12,8 @@ MAX_STOP_STRING_CHARS: Final = 256
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_LOGIT_BIAS: Final = 300
 MAX_REQUEST_ID_CHARS: Final = 128
+MAX_CACHE_SALT_CHARS: Final = 256
+MAX_PRIORITY: Final = 2**31 - 1
 
 
 class FinishReason(enum.StrEnum):
@@ -65,11 +67,19 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation, tokenised. Created by `client.EngineClient` after validation."""
+    """One generation, tokenised. Created by `client.EngineClient` after validation.
+
+    Attributes:
+      priority: class of the request; lower ones are prefilled first and preempted last.
+      cache_salt: KV is reused only among requests with the same salt, one per tenant for instance:
+        from its latency nobody learns what others' prompts begin with.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +207,21 @@ def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:
         p.logprobs,
         f"0 to {MAX_LOGPROBS}, or unset",
     )
+
+
+def validate_scheduling(*, priority: int, cache_salt: str) -> None:
+    """Raises InvalidRequestError if a field is out of range."""
+    if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority is {priority!r}; allowed: an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}",
+            field="priority",
+        )
+    if len(cache_salt) > MAX_CACHE_SALT_CHARS or not cache_salt.isprintable():
+        raise InvalidRequestError(
+            f"cache_salt is {cache_salt!r:.40}; allowed: at most {MAX_CACHE_SALT_CHARS} printable "
+            "characters",
+            field="cache_salt",
+        )
 
 
 def validate_prompt(

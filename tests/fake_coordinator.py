@@ -143,7 +143,7 @@ class FakeCoordinator:
         return _outputs(handles, token_ids, logprobs, done)
 
     def _stats(self, query_id: int) -> Stats:
-        return Stats(query_id, len(self.running), 0, 100, 100, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+        return Stats(query_id, len(self.running), 0, 100, 100, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 0)
 
 
 def _ending(running: Running, token_id: int) -> Done | None:

@@ -1,7 +1,8 @@
 """A worker's arithmetic on plain Python memory: runs step messages the way the real one does.
 
 Every token depends on all tokens before it, read back through the page table, so one wrong or
-overwritten slot changes everything that follows.
+overwritten slot changes everything that follows. As real KV does, a slot also knows all tokens up
+to its own: a page that was computed after another prefix is noticed.
 """
 
 from pathlib import Path
@@ -21,8 +22,13 @@ def next_token(tokens: list[int], seed: int) -> int:
     return value % VOCAB
 
 
+def extended(prefix: int, token: int) -> int:
+    """A number that tells sequences of tokens apart, for one more token."""
+    return (prefix * 1009 + token + 1) % (2**31 - 1)
+
+
 class FakeDevice:
-    """Its memory is its own, or two arrays in a directory that several processes share."""
+    """Its memory is its own, or three arrays in a directory that several processes share."""
 
     def __init__(
         self,
@@ -39,6 +45,7 @@ class FakeDevice:
             return np.memmap(directory / name, np.int64, mode="r+", shape=shape)
 
         self.kv = memory("kv", (num_pages, page_size))
+        self.prefix = memory("prefix", (num_pages, page_size))
         self.tokens = memory("tokens", (num_rows, length))
         self.page_size = page_size
 
@@ -48,6 +55,10 @@ class FakeDevice:
         table = np.frombuffer(step.page_table, np.int32).reshape(len(rows), step.table_width)
         sampling = np.frombuffer(step.sampling, ROW_SAMPLING)
         if isinstance(step, PrefillStep):
+            for history in step.history:
+                cached = np.frombuffer(history.token_ids, np.int32)
+                self.tokens[history.row] = -1
+                self.tokens[history.row, : len(cached)] = cached
             token_ids = np.frombuffer(step.token_ids, np.int32)
             cu = np.frombuffer(step.cu_q_lens, np.int32)
             new = [token_ids[cu[i] : cu[i + 1]] for i in range(len(rows))]
@@ -58,16 +69,32 @@ class FakeDevice:
         sampled = np.zeros(len(rows), np.int32)
         for i, row in enumerate(rows):
             end = int(context_lens[i])
-            for position, token in zip(range(end - len(new[i]), end), new[i], strict=True):
-                page = table[i, position // self.page_size]
-                assert page > 0, "a real token was sent to the scratch page"
-                self.kv[page, position % self.page_size] = token
-                self.tokens[row, position] = token
+            self._write(table[i], row, end - len(new[i]), new[i])
             if samples[i]:
-                context = [
-                    int(self.kv[table[i, p // self.page_size], p % self.page_size])
-                    for p in range(end)
-                ]
+                context = self._read(table[i], end)
+                assert self.tokens[row, :end].tolist() == context, "the row lacks some history"
                 sampled[i] = next_token(context, int(sampling["seed"][i]))
                 self.tokens[row, end] = sampled[i]
         return StepDone(worker_id, step.step_id, sampled.tobytes(), device_s=0.0, num_compiles=0)
+
+    def _write(self, pages: np.ndarray, row: int, start: int, tokens: np.ndarray) -> None:
+        before = self.prefix[self._slot(pages, start - 1)] if start else 0
+        for position, token in enumerate(tokens, start):
+            slot = self._slot(pages, position)
+            assert slot[0] > 0, "a real token was sent to the scratch page"
+            before = extended(int(before), int(token))
+            self.kv[slot], self.prefix[slot] = token, before
+            self.tokens[row, position] = token
+
+    def _read(self, pages: np.ndarray, end: int) -> list[int]:
+        context: list[int] = []
+        before = 0
+        for position in range(end):
+            slot = self._slot(pages, position)
+            context.append(int(self.kv[slot]))
+            before = extended(before, context[-1])
+            assert self.prefix[slot] == before, "KV was computed after other tokens"
+        return context
+
+    def _slot(self, pages: np.ndarray, position: int) -> tuple[int, int]:
+        return int(pages[position // self.page_size]), position % self.page_size

@@ -17,7 +17,8 @@ def main(child: Child) -> None:
         raise CheckpointError("model.safetensors is damaged")
     num_rows = config.scheduler.max_num_seqs + 1
     directory = Path(child.spec.run_dir)
-    shapes = {"kv": (NUM_PAGES, config.cache.page_size), "tokens": (num_rows, MAX_MODEL_LEN + 1)}
+    pool = NUM_PAGES, config.cache.page_size
+    shapes = {"kv": pool, "prefix": pool, "tokens": (num_rows, MAX_MODEL_LEN + 1)}
     for name, shape in shapes.items():
         np.memmap(directory / name, np.int64, mode="w+", shape=shape)[:] = -1
     child.ready(

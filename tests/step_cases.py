@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semipd_jax.messages import ROW_SAMPLING, DecodeStep, MemoryLayout, PrefillStep
+from semipd_jax.messages import ROW_SAMPLING, DecodeStep, History, MemoryLayout, PrefillStep
 from semipd_jax.models import module
 from semipd_jax.models.registry import parse_spec
 from semipd_jax.runtime.batch import Sampling
@@ -154,8 +154,9 @@ def page_table(pages):
     return width, int32([[*row, *[0] * (width - len(row))] for row in pages])
 
 
-def prefill_message(chunks, *, step_id=0, sampling=None):
-    """`chunks`: (row, page ids, all token ids, start, end, samples) of each request."""
+def prefill_message(chunks, *, step_id=0, sampling=None, history=()):
+    """`chunks`: (row, page ids, all token ids, start, end, samples) of each request; `history`:
+    (row, token ids) of cached prefixes."""
     rows, pages, token_ids, starts, ends, samples = zip(*chunks, strict=True)
     lens = [end - start for start, end in zip(starts, ends, strict=True)]
     width, table = page_table(pages)
@@ -171,6 +172,7 @@ def prefill_message(chunks, *, step_id=0, sampling=None):
         table_width=width,
         page_table=table,
         sampling=(columns(len(rows)) if sampling is None else sampling).tobytes(),
+        history=tuple(History(row, int32(token_ids)) for row, token_ids in history),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -16,11 +16,19 @@ from flax import nnx
 from jaxtyping import Array
 
 from semipd_jax.config import Platform
-from semipd_jax.messages import ROW_SAMPLING, DecodeStep, Phase, PrefillStep, StepLogprobs
+from semipd_jax.messages import (
+    ROW_SAMPLING,
+    DecodeStep,
+    History,
+    Phase,
+    PrefillStep,
+    StepLogprobs,
+)
 from semipd_jax.models import module
 from semipd_jax.runtime.batch import pack_bias
 from semipd_jax.runtime.buckets import Bucket, choose
 from semipd_jax.runtime.compile import STEP_KINDS, compile_step
+from semipd_jax.runtime.history import compile_restore, pack_history
 from semipd_jax.runtime.sampling import StepOutput
 from semipd_jax.runtime.state import SharedState
 from semipd_jax.storage.arrays import check_result
@@ -84,6 +92,8 @@ class StepRunner:
             buckets,
             on_progress,
         )
+        self._restore_history = compile_restore(state, platform)
+        self._restore(History(row=0, token_ids=b""))
         for bucket in buckets:
             padding = STEP_KINDS[phase].packing(bucket).padding
             jax.block_until_ready(self._execute(bucket, padding, self._no_bias[bucket]))
@@ -100,14 +110,25 @@ class StepRunner:
         packed = self._pack(step, bucket)
         bias = self._no_bias[bucket] if step.bias is None else pack_bias(step.bias, bucket)
         started_s = time.monotonic()
+        for history in step.history if isinstance(step, PrefillStep) else ():
+            self._restore(history)
         output = self._execute(bucket, packed, bias)
         return PendingStep(step.step_id, num_rows, _wants_logprobs(step), output, started_s)
 
+    def _restore(self, history: History) -> None:
+        tokens = self._state.tokens
+        tokens = self._restore_history(tokens, pack_history(history, tokens.shape[1]))
+        self._keep(replace(self._state, tokens=tokens))
+
     def _execute(self, bucket: Bucket, packed: np.ndarray, bias: np.ndarray | Array) -> StepOutput:
-        output, self._state = self._programs[bucket](self._params, self._state, packed, bias)
-        for array, address in zip(jax.tree.leaves(self._state), self._addresses, strict=True):
-            check_result(array, address)
+        output, state = self._programs[bucket](self._params, self._state, packed, bias)
+        self._keep(state)
         return output
+
+    def _keep(self, state: SharedState) -> None:
+        self._state = state
+        for array, address in zip(jax.tree.leaves(state), self._addresses, strict=True):
+            check_result(array, address)
 
 
 def _compile_all(

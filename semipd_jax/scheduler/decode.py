@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
+from semipd_jax.scheduler.order import preemption_rank
 from semipd_jax.scheduler.state import RequestState, SchedulerState, ints
 
 
@@ -20,9 +21,9 @@ class DecodePlan:
 def plan_decode(state: SchedulerState) -> DecodePlan | None:
     """Returns the next step, or None if no row can advance.
 
-    Every decoding row advances by one token unless it lacks a page. Pages go to the oldest rows
-    first; the others wait for pages in quarantine, or if there are none, the youngest requests are
-    preempted until the need is met. Suspects run alone, one by one.
+    Every decoding row advances by one token unless it lacks a page. Pages go to the most important
+    rows first, then to the oldest; the others wait for pages in quarantine, or if there are none,
+    requests are preempted until the need is met. Suspects run alone, one by one.
     """
     table = state.table
     rows = np.flatnonzero(table.active & (table.context_lens <= table.max_context_lens))
@@ -33,7 +34,7 @@ def plan_decode(state: SchedulerState) -> DecodePlan | None:
         rows = suspects[:1]
     capacity = table.num_pages[rows] * state.limits.page_size
     short = rows[table.context_lens[rows] > capacity]
-    if short.size <= state.pages.num_free:
+    if short.size <= state.pages.num_available:
         return DecodePlan(rows.astype(np.int32), ints(short), [])
     return _plan_under_pressure(state, rows, short)
 
@@ -44,12 +45,13 @@ def _plan_under_pressure(
     requests = state.table.requests
     needy: list[RequestState] = sorted(
         (r for row in ints(short) if (r := requests[row]) is not None),
-        key=lambda r: r.admitted_at,
+        key=lambda r: (r.request.priority, r.admitted_at),
     )
     victims = [] if state.quarantine.num_pages else _victims(state, needy)
     gone = {v.row for v in victims}
     # Pages of victims with steps in flight go to quarantine first: do not count on them.
-    free = state.pages.num_free + sum(len(v.page_ids) for v in victims if not v.steps)
+    at_once = [page for v in victims if not v.steps for page in v.page_ids]
+    free = state.pages.num_available + state.pages.num_exclusive(at_once)
     grow = [r.row for r in needy if r.row not in gone][:free]
     stalled = {r.row for r in needy} - set(grow)
     advancing = [row for row in ints(rows) if row not in gone and row not in stalled]
@@ -59,13 +61,14 @@ def _plan_under_pressure(
 
 
 def _victims(state: SchedulerState, needy: list[RequestState]) -> list[RequestState]:
-    """The youngest requests, until what they hold covers what the remaining needy rows lack."""
+    """Who gives way, until what they alone hold covers what the remaining needy rows lack."""
     victims: list[RequestState] = []
-    holders = sorted([*state.decoding, *state.prefilling], key=lambda r: r.admitted_at)
-    freed, need = state.pages.num_free, len(needy)
+    holders = [*state.decoding, *state.prefilling]
+    holders.sort(key=lambda r: preemption_rank(r, state), reverse=True)
+    freed, need = state.pages.num_available, len(needy)
     while freed < need and len(holders) > 1:
         victim = holders.pop()
         victims.append(victim)
-        freed += len(victim.page_ids)
+        freed += state.pages.num_exclusive(victim.page_ids)
         need -= victim in needy
     return victims

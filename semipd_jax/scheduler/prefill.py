@@ -1,58 +1,69 @@
-"""What the next prefill step computes: first come, first served, in chunks under a token budget."""
+"""What the next prefill step computes: requests in order, in chunks under a token budget."""
 
+from collections.abc import Iterator
+from heapq import merge
 from itertools import islice
 
-from semipd_jax.scheduler.state import Chunk, RequestState, SchedulerState, pages_for
+from semipd_jax.scheduler.order import rank
+from semipd_jax.scheduler.state import Chunk, RequestState, SchedulerState, Stage, pages_for
+from semipd_jax.scheduler.watermark import claim, room
 
 
 def plan_prefill(state: SchedulerState) -> list[Chunk]:
     """Returns the chunks of the next step, in order; none if there is nothing to prefill or no
     room for it. Requests among them that are still waiting are to be admitted.
 
-    Requests under way go first. A waiting one is admitted when its whole prompt fits beside what
-    requests under way still need and one page for each decoding row, so that admissions do not
-    take the pages that others are about to need. A suspect runs alone.
+    A waiting request is admitted when its claim (`scheduler.watermark`) fits beside those of the
+    running ones. One that does not fit is not passed by others that wait, or it might wait for
+    ever; requests under way have their pages and go on. A suspect runs alone.
     """
-    budget = state.limits.max_num_batched_tokens
-    free = state.pages.num_free
+    budget, free = state.limits.max_num_batched_tokens, state.pages.num_available
+    left = room(state) if state.waiting and state.free_rows else -1
     chunks: list[Chunk] = []
-    for request in state.prefilling:
-        chunk = _chunk(request, budget)
-        if chunk is None:
+    for request in _in_order(state):
+        waits = request.stage is Stage.WAITING
+        if budget == 0:
+            break
+        if waits and left < 0:
             continue
-        needed = _pages_short(state, request, chunk.end)
+        chunk = _chunk(request, budget, state)
+        unused = state.pages.num_unused(chunk.cached_pages)
+        held = len(chunk.cached_pages) if waits else len(request.page_ids)
+        if waits:
+            left -= claim(request, state) - held + unused
+            if left < 0:
+                continue
+        needed = max(0, pages_for(chunk.end, state.limits.page_size) - held) + unused
         if needed > free:
-            return chunks
-        if state.table.is_suspect[request.row]:
+            continue  # decode has grown into its pages and will give them back
+        if request.is_suspect:
             return chunks or [chunk]
         chunks.append(chunk)
         budget -= chunk.end - chunk.start
         free -= needed
-    return chunks + _admissions(state, budget)
-
-
-def _admissions(state: SchedulerState, budget: int) -> list[Chunk]:
-    reserved = int(state.table.active.sum()) + sum(
-        _pages_short(state, r, len(r.token_ids)) for r in state.prefilling
-    )
-    chunks: list[Chunk] = []
-    for request in islice(state.waiting, len(state.free_rows)):
-        needed = pages_for(len(request.token_ids), state.limits.page_size)
-        chunk = _chunk(request, budget)
-        if chunk is None or needed + reserved > state.pages.num_free:
-            break
-        chunks.append(chunk)
-        budget -= chunk.end - chunk.start
-        reserved += needed
     return chunks
 
 
-def _chunk(request: RequestState, budget: int) -> Chunk | None:
-    """The request's next tokens, or None if all were sent or the budget is used up."""
+def _in_order(state: SchedulerState) -> Iterator[RequestState]:
+    """Requests with tokens to send, and as many of the waiting ones as there are rows."""
+    limits = state.limits
+
+    def current_rank(request: RequestState) -> tuple[int, float, int]:
+        if request.stage is Stage.WAITING:
+            return request.rank
+        return rank(request, len(request.token_ids) - request.num_scheduled, limits)
+
+    under_way = [r for r in state.prefilling if r.num_scheduled < len(r.token_ids)]
+    waiting = islice(state.waiting, len(state.free_rows))
+    return merge(sorted(under_way, key=current_rank), waiting, key=current_rank)
+
+
+def _chunk(request: RequestState, budget: int, state: SchedulerState) -> Chunk:
+    """The request's next tokens, as many as the budget allows."""
+    cached: list[int] = []
     start, target = request.num_scheduled, len(request.token_ids)
+    if request.stage is Stage.WAITING:
+        cached = state.cached_pages(request)
+        start = len(cached) * state.limits.page_size
     end = min(target, start + budget)
-    return Chunk(request, start, end, samples=end == target) if end > start else None
-
-
-def _pages_short(state: SchedulerState, request: RequestState, num_tokens: int) -> int:
-    return max(0, pages_for(num_tokens, state.limits.page_size) - len(request.page_ids))
+    return Chunk(request, start, end, end == target, cached)

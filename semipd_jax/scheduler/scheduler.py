@@ -7,10 +7,15 @@ in any order between phases; within a phase they are answered in the order they 
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from semipd_jax.messages import DecodeStep, PrefillStep, StepDone
+from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
-from semipd_jax.scheduler import wire
+from semipd_jax.scheduler import watermark, wire
+from semipd_jax.scheduler.admission import refusal
 from semipd_jax.scheduler.decode import plan_decode
+from semipd_jax.scheduler.order import rank
 from semipd_jax.scheduler.prefill import plan_prefill
 from semipd_jax.scheduler.state import (
     MAX_CRASHES,
@@ -64,19 +69,28 @@ class Sent[Step: (PrefillStep, DecodeStep)]:
 
 
 class Scheduler:
+    """
+    Attributes:
+      prefix_cache_queries, prefix_cache_hits: prompt tokens of admitted requests, and those of them
+        whose KV was there. What preempted requests find again is not counted.
+    """
+
     def __init__(self, limits: Limits) -> None:
         self.state = SchedulerState(limits)
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
         self._next_step_id = 1
+        self._num_submitted = 0
         self._num_admitted = 0
 
     # ------------------------------------------------------------ requests come and go
 
-    def submit(self, client: str, handle: int, request: Request, *, now_s: float) -> bool:
-        """Queues a complete request (see `messages.Submit`). Returns False if the queue is full."""
+    def submit(self, client: str, handle: int, request: Request, *, now_s: float) -> str | None:
+        """Queues a complete request (see `messages.Submit`), or returns why it is refused."""
         state = self.state
-        if len(state.waiting) >= state.limits.max_num_queued_reqs:
-            return False
+        if (reason := refusal(request, state)) is not None:
+            return reason
         prompt, sampling = request.prompt_token_ids, request.sampling
         room = state.limits.max_model_len - len(prompt)
         stop_ids = frozenset(sampling.stop_token_ids)
@@ -84,6 +98,7 @@ class Scheduler:
         new = RequestState(
             client=client,
             handle=handle,
+            number=self._num_submitted,
             request=request,
             arrival_s=now_s,
             token_ids=list(prompt),
@@ -91,10 +106,12 @@ class Scheduler:
             stop_ids=stop_ids,
             bias=Bias.of(biases),
             bias_without_stops=Bias.of(biases | dict.fromkeys(stop_ids, -math.inf)),
+            page_keys=PageKeys(state.limits.page_size, request.cache_salt),
         )
+        self._num_submitted += 1
         state.requests[client, handle] = new
-        state.waiting.append(new)
-        return True
+        self._enqueue(new)
+        return None
 
     def abort(self, client: str, handle: int, reason: FinishReason, *, now_s: float) -> Result:
         """Ends a request at once; unknown ones (already finished) are ignored."""
@@ -116,33 +133,38 @@ class Scheduler:
         chunks = plan_prefill(self.state)
         if not chunks:
             return None
-        admitted = [c.request for c in chunks if c.request.stage is Stage.WAITING]
-        for request in admitted:
-            self._admit(request, now_s=now_s)
-        step_id = self._take_step_id([c.request for c in chunks], chunks)
+        admitted = [c for c in chunks if c.request.stage is Stage.WAITING]
+        for chunk in admitted:  # all before any page is taken: that may give up a cached one
+            self._admit(chunk, now_s=now_s)
+        step_id = self._send([c.request for c in chunks], chunks=chunks)
         for chunk in chunks:
             request = chunk.request
             self._grow(request, pages_for(chunk.end, self.state.limits.page_size))
             request.num_scheduled = chunk.end
             request.steps.add(step_id)
-        return Sent(wire.prefill_step(step_id, chunks, self.state.table), admitted)
+        step = wire.prefill_step(step_id, chunks, self.state.table)
+        return Sent(step, [c.request for c in admitted])
 
     def next_decode(self) -> Sent[DecodeStep] | None:
         """Plans, applies and returns the next decode step, or None if no row can advance."""
         plan = plan_decode(self.state)
         if plan is None:
             return None
+        state, table = self.state, self.state.table
+        state.growth_share = watermark.share_after_step(state.growth_share)
+        if plan.victims:
+            state.growth_share = watermark.share_after_preemption(state.growth_share)
         for victim in plan.victims:
             self._preempt(victim)
         if plan.rows.size == 0:
             return None
-        table = self.state.table
         for row in plan.grow:
             request = table.requests[row]
             assert request is not None
             self._grow(request, len(request.page_ids) + 1)
         requests = [r for row in ints(plan.rows) if (r := table.requests[row]) is not None]
-        step_id = self._take_step_id(requests, [])
+        full = table.context_lens[plan.rows] % state.limits.page_size == 0
+        step_id = self._send(requests, filling=ints(np.flatnonzero(full)))
         for request in requests:
             request.num_scheduled += 1
             request.steps.add(step_id)
@@ -155,6 +177,7 @@ class Scheduler:
     def step_done(self, reply: StepDone, *, now_s: float) -> Result:
         """Takes in a reply. Rows whose request left the step meanwhile are ignored."""
         step = self.state.in_flight.pop(reply.step_id)
+        self._seal_pages(step)
         result = Result()
         token_ids = wire.token_ids(reply)
         logprobs = wire.Logprobs(reply)
@@ -197,35 +220,75 @@ class Scheduler:
 
     # ------------------------------------------------------------ changes of the state
 
-    def _admit(self, request: RequestState, *, now_s: float) -> None:
+    def _enqueue(self, request: RequestState) -> None:
         state = self.state
+        cached = len(state.cached_pages(request)) * state.limits.page_size
+        state.enqueue(request, rank(request, len(request.token_ids) - cached, state.limits))
+
+    def _admit(self, chunk: Chunk, *, now_s: float) -> None:
+        state, request = self.state, chunk.request
         assert state.waiting[0] is request, "admission is in order"
-        state.waiting.popleft()
+        state.dequeue(request)
         request.row = state.free_rows.pop()
         request.stage = Stage.PREFILLING
         request.admitted_at = self._num_admitted
         self._num_admitted += 1
         if request.admitted_s is None:
             request.admitted_s = now_s
+            if state.limits.enable_prefix_caching:
+                self.prefix_cache_queries += request.num_prompt
+                self.prefix_cache_hits += chunk.start
         state.prefilling.append(request)
         state.table.requests[request.row] = request
         wire.fill_row(state.table, request)
+        state.pages.reference(chunk.cached_pages)
+        self._add_pages(request, chunk.cached_pages)
+        request.num_sealed = len(chunk.cached_pages)
+        request.num_cached = request.num_scheduled = chunk.start
 
     def _grow(self, request: RequestState, num_pages: int) -> None:
-        table, held = self.state.table, len(request.page_ids)
-        if num_pages <= held:
+        if num_pages <= len(request.page_ids):
             return
-        pages = self.state.pages.allocate(num_pages - held)
-        assert pages is not None, "a plan named more pages than are free"
-        request.page_ids += pages
-        table.page_table[request.row, held:num_pages] = pages
-        table.num_pages[request.row] = num_pages
+        pages = self.state.pages.allocate(num_pages - len(request.page_ids))
+        assert pages is not None, "a plan named more pages than are available"
+        self._add_pages(request, pages)
 
-    def _take_step_id(self, requests: list[RequestState], chunks: list[Chunk]) -> int:
+    def _add_pages(self, request: RequestState, pages: list[int]) -> None:
+        table, held = self.state.table, len(request.page_ids)
+        request.page_ids += pages
+        table.page_table[request.row, held : held + len(pages)] = pages
+        table.num_pages[request.row] = held + len(pages)
+
+    def _send(
+        self,
+        requests: list[RequestState],
+        *,
+        chunks: list[Chunk] | None = None,
+        filling: list[int] | None = None,
+    ) -> int:
+        """The id of a new step in flight."""
         step_id = self._next_step_id
         self._next_step_id += 1
-        self.state.in_flight[step_id] = StepInFlight(step_id, requests, chunks)
+        self.state.in_flight[step_id] = StepInFlight(step_id, requests, chunks or [], filling or [])
         return step_id
+
+    def _seal_pages(self, step: StepInFlight) -> None:
+        """Seals the pages that a step filled: it was answered, so their KV is there for all."""
+        if not self.state.limits.enable_prefix_caching:
+            return
+        for chunk in step.chunks:
+            if step.step_id in chunk.request.steps:
+                self._seal_up_to(chunk.request, chunk.end)
+        for i in step.filling:
+            request = step.requests[i]
+            if step.step_id in request.steps:
+                self._seal_up_to(request, len(request.token_ids))
+
+    def _seal_up_to(self, request: RequestState, num_tokens: int) -> None:
+        for i in range(request.num_sealed, num_tokens // self.state.limits.page_size):
+            key = request.page_keys.of(i, request.token_ids)
+            self.state.pages.seal(request.page_ids[i], key)
+            request.num_sealed = i + 1
 
     def _set_crashes(self, request: RequestState, num_crashes: int) -> None:
         request.num_crashes = num_crashes
@@ -267,12 +330,13 @@ class Scheduler:
         table.active[request.row] = True
 
     def _preempt(self, request: RequestState) -> None:
-        """Back to the head of the queue; all tokens are kept, all KV is given up."""
+        """Back to its place in the queue. All tokens are kept; of its KV, what is sealed will be
+        found again unless the space was needed."""
         self._leave_row(request)
         request.stage = Stage.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.state.waiting.appendleft(request)
+        self._enqueue(request)
 
     def _end(
         self,
@@ -284,7 +348,7 @@ class Scheduler:
         error: str | None = None,
     ) -> Ending:
         if request.stage is Stage.WAITING:
-            self.state.waiting.remove(request)
+            self.state.dequeue(request)
         else:
             self._leave_row(request)
         request.stage = Stage.GONE
@@ -299,16 +363,16 @@ class Scheduler:
         if request.steps:
             state.quarantine.hold(request.page_ids, request.row, request.steps)
         else:
-            state.pages.free(request.page_ids)
+            state.pages.release(request.page_ids)
             state.free_rows.append(request.row)
         request.page_ids = []
         request.row = SCRATCH_ROW
         request.steps = set()
-        request.num_scheduled = 0
+        request.num_scheduled = request.num_sealed = 0
 
     def _release_quarantine(self, step_id: int) -> None:
         for page_ids, row in self.state.quarantine.step_done(step_id):
-            self.state.pages.free(page_ids)
+            self.state.pages.release(page_ids)
             self.state.free_rows.append(row)
 
 

@@ -8,15 +8,17 @@ Plans (`scheduler.prefill`, `scheduler.decode`) only read it; `scheduler.schedul
 """
 
 import enum
-from collections import deque
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from semipd_jax.config import SchedulingPolicy
 from semipd_jax.messages import ROW_SAMPLING
-from semipd_jax.paging.allocator import PageAllocator
+from semipd_jax.paging.keys import PageKeys
+from semipd_jax.paging.pool import PagePool
 from semipd_jax.paging.quarantine import Quarantine
 from semipd_jax.request import Request
 
@@ -44,24 +46,35 @@ class Bias:
         return cls(np.array(list(biases), np.int32), np.array(list(biases.values()), np.float32))
 
 
+type Rank = tuple[int, float, int]
+"""Place in the order of prefills, lower first: see `scheduler.order`."""
+
+
 @dataclass(slots=True, eq=False)
 class RequestState:
     """One request's life in the engine.
 
     Attributes:
       client, handle: who asked, and the client's number for it.
+      number: position in the order of arrival.
       token_ids: prompt and output, as far as replies have come.
       max_len: most tokens in all, prompt included.
       stop_ids: tokens that end it.
       bias, bias_without_stops: from `min_tokens` on, and before.
-      num_scheduled: leading tokens whose KV a sent step has written or will write.
+      page_keys: of its full pages, for the prefix cache.
+      rank: its place in the queue while it waits.
+      num_scheduled: leading tokens whose KV a sent step has written or will write, or was cached.
+      num_cached: leading tokens whose KV was there when the request was last admitted.
+      num_sealed: leading pages that are full, whose KV is known to be written: it writes them no
+        more.
       steps: ids of steps in flight whose results still count for this request.
-      admitted_at: position in the order of admission; the youngest is preempted first.
+      admitted_at: position in the order of admission.
       num_crashes: workers lost in a row while they ran a step of this request.
     """
 
     client: str
     handle: int
+    number: int
     request: Request
     arrival_s: float
     token_ids: list[int]
@@ -69,10 +82,14 @@ class RequestState:
     stop_ids: frozenset[int]
     bias: Bias
     bias_without_stops: Bias
+    page_keys: PageKeys
+    rank: Rank = (0, 0.0, 0)
     stage: Stage = Stage.WAITING
     row: int = SCRATCH_ROW
     page_ids: list[int] = field(default_factory=list[int])
     num_scheduled: int = 0
+    num_cached: int = 0
+    num_sealed: int = 0
     steps: set[int] = field(default_factory=set[int])
     admitted_at: int = -1
     admitted_s: float | None = None
@@ -95,21 +112,34 @@ class RequestState:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of a request, in one prefill step. `samples`: the last ones it has."""
+    """Tokens [start, end) of a request, in one prefill step.
+
+    Attributes:
+      samples: they are the last ones it has.
+      cached_pages: sealed pages that hold [0, start), if the request is to be admitted.
+    """
 
     request: RequestState
     start: int
     end: int
     samples: bool
+    cached_pages: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """A step that was planned and not answered. `requests` are in the order of its rows."""
+    """A step that was planned and not answered.
+
+    Attributes:
+      requests: in the order of its rows.
+      chunks: of a prefill step.
+      filling: positions in `requests` of those whose decode step fills a page.
+    """
 
     step_id: int
     requests: list[RequestState]
-    chunks: list[Chunk]
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    filling: list[int] = field(default_factory=list[int])
 
 
 class RowTable:
@@ -146,7 +176,7 @@ class RowTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Sizes that plans respect; `num_pages` and `num_rows` include the scratch ones."""
+    """What plans respect; `num_pages` and `num_rows` include the scratch ones. See `config`."""
 
     page_size: int
     num_pages: int
@@ -154,24 +184,51 @@ class Limits:
     max_model_len: int
     max_num_batched_tokens: int
     max_num_queued_reqs: int
+    max_num_queued_tokens: int | None = None
+    policy: SchedulingPolicy = "fcfs"
+    ageing_tokens_per_s: float = 2000.0
+    enable_prefix_caching: bool = True
 
 
 class SchedulerState:
+    """
+    Attributes:
+      waiting: sorted by rank; `enqueue` and `dequeue` keep it so.
+      growth_share: how much of what running requests may still generate has its pages kept free
+        when others are admitted, 0 to 1: see `scheduler.watermark`.
+    """
+
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pages = PageAllocator(limits.num_pages)
+        self.pages = PagePool(limits.num_pages)
         self.free_rows = list(range(limits.num_rows - 1, SCRATCH_ROW, -1))
         self.quarantine = Quarantine()
         self.table = RowTable(limits.num_rows, pages_for(limits.max_model_len, limits.page_size))
         self.requests: dict[tuple[str, int], RequestState] = {}
-        self.waiting: deque[RequestState] = deque()
+        self.waiting: list[RequestState] = []
         self.prefilling: list[RequestState] = []
         self.in_flight: dict[int, StepInFlight] = {}
+        self.growth_share = 0.0
 
     @property
     def decoding(self) -> list[RequestState]:
         rows = ints(np.flatnonzero(self.table.active))
         return [r for row in rows if (r := self.table.requests[row]) is not None]
+
+    def enqueue(self, request: RequestState, rank: Rank) -> None:
+        request.rank = rank
+        insort(self.waiting, request, key=_by_rank)
+
+    def dequeue(self, request: RequestState) -> None:
+        del self.waiting[bisect_left(self.waiting, request.rank, key=_by_rank)]
+
+    def cached_pages(self, request: RequestState) -> list[int]:
+        """Sealed pages that hold the request's first tokens; never all of its tokens, because the
+        last one has to be computed for what follows it."""
+        if not self.limits.enable_prefix_caching:
+            return []
+        most = (len(request.token_ids) - 1) // self.limits.page_size
+        return self.pages.match(request.page_keys.up_to(most, request.token_ids))
 
     def check(self) -> None:
         """Recomputes every invariant; raises AssertionError. For tests."""
@@ -187,6 +244,12 @@ class SchedulerState:
                 assert request in self.in_flight[step_id].requests
         num_waiting = sum(r.stage is Stage.WAITING for r in self.requests.values())
         assert len(self.waiting) == num_waiting, "the queue holds requests that do not wait"
+        assert self.waiting == sorted(self.waiting, key=_by_rank), "the queue is out of order"
+        for step in self.in_flight.values():
+            for chunk in step.chunks:
+                if step.step_id in chunk.request.steps:
+                    sealed = chunk.request.num_sealed * self.limits.page_size
+                    assert chunk.start >= sealed, "a step in flight writes a sealed page"
 
     def _check_request(self, r: RequestState) -> None:
         table, page_size = self.table, self.limits.page_size
@@ -204,7 +267,14 @@ class SchedulerState:
         assert table.page_table[r.row, : len(r.page_ids)].tolist() == r.page_ids
         assert not table.page_table[r.row, len(r.page_ids) :].any()
         assert len(r.page_ids) >= pages_for(r.num_scheduled, page_size)
+        assert r.num_sealed * page_size <= r.num_scheduled
+        own = r.page_ids[r.num_sealed :]
+        assert all(map(self.pages.is_private, own)), "a page has two writers"
         assert len(r.token_ids) <= r.max_len
+
+
+def _by_rank(request: RequestState) -> Rank:
+    return request.rank
 
 
 def ints(array: np.ndarray) -> list[int]:

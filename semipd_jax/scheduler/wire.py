@@ -5,7 +5,7 @@ from itertools import accumulate
 import numpy as np
 from jaxtyping import Int32
 
-from semipd_jax.messages import DecodeStep, LogitBias, PrefillStep, StepDone
+from semipd_jax.messages import DecodeStep, History, LogitBias, PrefillStep, StepDone
 from semipd_jax.request import MAX_LOGPROBS, TokenLogprob
 from semipd_jax.scheduler.state import Bias, Chunk, RequestState, RowTable, ints
 
@@ -46,6 +46,11 @@ def prefill_step(step_id: int, chunks: list[Chunk], table: RowTable) -> PrefillS
         page_table=table.page_table[rows, :table_width].tobytes(),
         sampling=table.sampling[rows].tobytes(),
         bias=_logit_bias(table, rows, context_lens),
+        history=tuple(
+            History(c.request.row, _int32(c.request.token_ids[: c.start]))
+            for c in chunks
+            if 0 < c.start == c.request.num_cached
+        ),
     )
 
 

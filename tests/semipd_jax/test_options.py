@@ -12,6 +12,8 @@ def test_every_option_reaches_its_field():
     assert (config.model.path, config.model.dtype, config.model.seed) == ("m", "bfloat16", 3)
     assert (config.shares.prefill, config.shares.decode) == (1.0, 0.5)
     assert config.log_level == "info"
+    config = options.build_config("m", enable_prefix_caching=False, scheduling_policy="spf")
+    assert (config.cache.enable_prefix_caching, config.scheduler.policy) == (False, "spf")
 
 
 def test_defaults_are_the_configuration_s():
@@ -25,6 +27,11 @@ def test_defaults_are_the_configuration_s():
         ("block_size", 24, "16, 32, 64, 128"),
         ("decode_share", 0.0, "above 0"),
         ("prefill_share", 1.5, "at most 1"),
+        ("share_ladder", (0.5, 1.5), "at most 1"),
+        ("decode_share_ladder", (0.0,), "above 0"),
+        ("share_ladder", (0.5,) * 9, "at most 8"),
+        ("share_ladder", 0.5, "tuple of numbers"),
+        ("share_ladder", ("0.5",), "tuple of numbers"),
         ("max_num_seqs", 0, "1 to 4096"),
         ("max_num_seqs", "8", "type int"),
         ("max_num_seqs", True, "type int"),
@@ -32,13 +39,18 @@ def test_defaults_are_the_configuration_s():
         ("max_model_len", 1, "at least 2"),
         ("step_timeout", 0, "positive"),
         ("seed", -1, "0 to"),
+        ("enable_prefix_caching", 1, "type bool"),
+        ("scheduling_policy", "sjf", "fcfs, spf"),
+        ("max_num_queued_tokens", 0, "at least 1"),
+        ("ageing_tokens_per_s", 0.0, "positive"),
         ("block_sise", 16, "block_size"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
     with pytest.raises(ConfigError, match=allowed) as refusal:
         options.build_config("m", **{name: value})
-    assert repr(value) in str(refusal.value) or repr(name) in str(refusal.value)
+    shown = (value, *value) if isinstance(value, tuple) else (value, name)
+    assert any(repr(v) in str(refusal.value) for v in shown)
 
 
 def test_words_and_types_come_from_the_configuration():
@@ -47,3 +59,14 @@ def test_words_and_types_come_from_the_configuration():
     assert options.value_type(by_name["max_model_len"]) is int
     assert options.value_type(by_name["decode_share"]) is float
     assert options.value_type(by_name["tokenizer"]) is str
+    assert options.value_type(by_name["enable_prefix_caching"]) is bool
+    assert options.parse(by_name["share_ladder"])("0.6,1") == (0.6, 1.0)
+    with pytest.raises(ValueError, match="could not convert"):
+        options.parse(by_name["share_ladder"])("0.6;1")
+
+
+def test_rungs_are_a_phase_s_ladder_and_its_share():
+    shares = options.build_config("m", decode_share=0.7, share_ladder=(0.5, 1.0)).shares
+    assert (shares.rungs("prefill"), shares.rungs("decode")) == ((0.5, 1.0), (0.5, 0.7, 1.0))
+    shares = options.build_config("m", share_ladder=(0.5,), decode_share_ladder=()).shares
+    assert (shares.rungs("prefill"), shares.rungs("decode")) == ((0.5, 1.0), (1.0,))

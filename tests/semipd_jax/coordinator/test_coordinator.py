@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from fake_device import FakeDevice, next_token
 
+from semipd_jax.config import ShareConfig
 from semipd_jax.coordinator.coordinator import DEPTH, Coordinator
+from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.messages import (
     Abort,
     Admitted,
@@ -16,9 +18,11 @@ from semipd_jax.messages import (
     Outputs,
     PrefillStep,
     Refused,
+    Stalled,
     Stats,
     StepDone,
     Submit,
+    ToLauncher,
     WorkerReady,
 )
 from semipd_jax.request import FinishReason, Request, SamplingParams
@@ -33,6 +37,9 @@ LIMITS = Limits(
     max_num_batched_tokens=16,
     max_num_queued_reqs=4,
 )
+
+
+NO_LADDER = ShareConfig()
 
 
 class Sent:
@@ -53,9 +60,9 @@ class Sent:
 
 
 class Engine:
-    def __init__(self) -> None:
+    def __init__(self, shares: ShareConfig = NO_LADDER) -> None:
         self.now = 0.0
-        self.stalled: list[str] = []
+        self.asked: list[ToLauncher] = []
         self.workers, self.clients = Sent(), Sent()
         self.device = FakeDevice(num_pages=40, page_size=4, num_rows=9, length=33)
         self.scheduler = Scheduler(LIMITS)
@@ -63,8 +70,9 @@ class Engine:
             self.scheduler,
             self.workers,
             self.clients,
+            ShareControl(shares),
             step_timeout_s=10.0,
-            on_stalled=self.stalled.append,
+            tell_launcher=self.asked.append,
             clock=lambda: self.now,
         )
 
@@ -177,7 +185,7 @@ def test_abort_ends_the_stream_at_once_and_frees_pages_after_the_step(engine):
     assert engine.scheduler.state.quarantine.num_pages > 0
     engine.run()
     assert engine.received()[0] == tokens
-    assert engine.scheduler.state.pages.num_free == LIMITS.num_pages - 1
+    assert engine.scheduler.state.pages.num_available == LIMITS.num_pages - 1
 
 
 def test_requests_wait_for_workers_then_run():
@@ -219,11 +227,11 @@ def test_a_worker_that_holds_a_step_too_long_is_reported_once_per_timeout(engine
     engine.submit(1)
     engine.now = 9.0
     engine.coordinator.watch()
-    assert engine.stalled == []
+    assert engine.asked == []
     engine.now = 10.5
     engine.coordinator.watch()
     engine.coordinator.watch()
-    assert engine.stalled == ["prefill-1"]
+    assert engine.asked == [Stalled(worker_id="prefill-1")]
 
 
 def test_stats_count_what_happened(engine):

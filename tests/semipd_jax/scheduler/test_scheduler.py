@@ -86,13 +86,13 @@ def test_tokens_are_those_of_each_request_alone(num_pages):
     requests = [make_request(1 + 3 * i % 13, 1 + 5 * i % 11, seed=i, stop=[3]) for i in range(12)]
     outcome = Outcome()
     for handle, request in enumerate(requests):
-        assert scheduler.submit("c", handle, request, now_s=0.0)
+        assert scheduler.submit("c", handle, request, now_s=0.0) is None
     run_to_end(scheduler, device, outcome)
     for handle, request in enumerate(requests):
         tokens, reason = expected(request)
         assert outcome.tokens[handle] == tokens
         assert outcome.endings[handle].reason is reason
-    assert scheduler.state.pages.num_free == num_pages - 1
+    assert scheduler.state.pages.num_available == num_pages - 1
 
 
 def test_full_pool_preempts_the_youngest_and_loses_nothing():
@@ -135,22 +135,23 @@ def test_decode_is_planned_ahead_of_replies_up_to_the_limit():
 def test_pages_of_an_aborted_request_wait_for_its_steps():
     scheduler, device = make_scheduler()
     scheduler.submit("c", 0, make_request(4, 8), now_s=0.0)
-    free = scheduler.state.pages.num_free
+    free = scheduler.state.pages.num_available
     sent = scheduler.next_prefill(now_s=0.0)
     assert sent is not None
     result = scheduler.abort("c", 0, FinishReason.ABORT, now_s=0.0)
     assert [e.reason for e in result.endings] == [FinishReason.ABORT]
-    assert scheduler.state.pages.num_free == free - 1
+    assert scheduler.state.pages.num_available == free - 1
     late = scheduler.step_done(device.run(sent.step), now_s=0.0)
     assert (late.tokens, late.endings) == ([], [])
-    assert scheduler.state.pages.num_free == free
+    assert scheduler.state.pages.num_available == free
     scheduler.state.check()
 
 
 def test_full_queue_refuses():
     scheduler, _ = make_scheduler(queue=2)
-    accepted = [scheduler.submit("c", i, make_request(4, 8), now_s=0.0) for i in range(3)]
-    assert accepted == [True, True, False]
+    refusals = [scheduler.submit("c", i, make_request(4, 8), now_s=0.0) for i in range(3)]
+    assert refusals[:2] == [None, None]
+    assert "2 requests are waiting" in refusals[2]
 
 
 def test_min_tokens_forbids_stop_ids_until_reached():
@@ -292,7 +293,7 @@ class Serving(RuleBasedStateMachine):
         max_tokens = min(max_tokens, MAX_LEN - prompt_len)
         request = make_request(prompt_len, max_tokens, seed=seed % 2**32, stop=[seed % 50])
         handle = next(self.handles)
-        assert self.scheduler.submit("c", handle, request, now_s=0.0)
+        assert self.scheduler.submit("c", handle, request, now_s=0.0) is None
         self.requests[handle] = request
 
     @rule()
@@ -338,7 +339,7 @@ class Serving(RuleBasedStateMachine):
         state = self.scheduler.state
         for step in itertools.chain(*self.queues.values()):
             pages = set(np.frombuffer(step.page_table, np.int32).tolist()) - {0}
-            assert not pages & set(state.pages._free)
+            assert not pages & set(state.pages._free._free)
             assert not set(np.frombuffer(step.rows, np.int32).tolist()) & set(state.free_rows)
 
     def teardown(self):
@@ -356,7 +357,7 @@ class Serving(RuleBasedStateMachine):
                 assert got == tokens[: len(got)]
             else:
                 assert (got, ending.reason) == (tokens, reason)
-        assert self.scheduler.state.pages.num_free == self.scheduler.state.limits.num_pages - 1
+        assert self.scheduler.state.pages.num_available == self.scheduler.state.limits.num_pages - 1
 
 
 Serving.TestCase.settings = settings(
