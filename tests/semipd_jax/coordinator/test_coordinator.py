@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from fake_device import FakeDevice, next_token
 
-from semipd_jax.config import ShareConfig
 from semipd_jax.coordinator.coordinator import DEPTH, Coordinator
-from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.messages import (
     Abort,
     Admitted,
@@ -18,11 +16,9 @@ from semipd_jax.messages import (
     Outputs,
     PrefillStep,
     Refused,
-    Stalled,
     Stats,
     StepDone,
     Submit,
-    ToLauncher,
     WorkerReady,
 )
 from semipd_jax.request import FinishReason, Request, SamplingParams
@@ -37,9 +33,6 @@ LIMITS = Limits(
     max_num_batched_tokens=16,
     max_num_queued_reqs=4,
 )
-
-
-NO_LADDER = ShareConfig()
 
 
 class Sent:
@@ -60,9 +53,9 @@ class Sent:
 
 
 class Engine:
-    def __init__(self, shares: ShareConfig = NO_LADDER) -> None:
+    def __init__(self) -> None:
         self.now = 0.0
-        self.asked: list[ToLauncher] = []
+        self.stalled: list[str] = []
         self.workers, self.clients = Sent(), Sent()
         self.device = FakeDevice(num_pages=40, page_size=4, num_rows=9, length=33)
         self.scheduler = Scheduler(LIMITS)
@@ -70,9 +63,8 @@ class Engine:
             self.scheduler,
             self.workers,
             self.clients,
-            ShareControl(shares),
             step_timeout_s=10.0,
-            tell_launcher=self.asked.append,
+            on_stalled=self.stalled.append,
             clock=lambda: self.now,
         )
 
@@ -227,11 +219,11 @@ def test_a_worker_that_holds_a_step_too_long_is_reported_once_per_timeout(engine
     engine.submit(1)
     engine.now = 9.0
     engine.coordinator.watch()
-    assert engine.asked == []
+    assert engine.stalled == []
     engine.now = 10.5
     engine.coordinator.watch()
     engine.coordinator.watch()
-    assert engine.asked == [Stalled(worker_id="prefill-1")]
+    assert engine.stalled == ["prefill-1"]
 
 
 def test_stats_count_what_happened(engine):
