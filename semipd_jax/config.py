@@ -15,6 +15,8 @@ from semipd_jax.errors import ConfigError
 type LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 type Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 type Platform = Literal["cpu", "cuda"]
+type Device = Literal["auto", "cpu", "cuda"]
+type MpsMode = Literal["auto", "on", "off"]
 type SchedulingPolicy = Literal["fcfs", "spf"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -72,11 +74,13 @@ class CacheConfig:
     Attributes:
       page_size: tokens per page.
       memory_bytes: size of the pool; None lets the memory owner choose.
+      gpu_memory_utilization: fraction of a GPU's memory that may be in use by all together.
       enable_prefix_caching: full pages are kept for requests that begin with the same tokens.
     """
 
     page_size: int = 16
     memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -86,6 +90,12 @@ class CacheConfig:
             "memory_bytes",
             self.memory_bytes,
             "a positive number of bytes, or unset",
+        )
+        require(
+            0.0 < self.gpu_memory_utilization <= 1.0,
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "above 0 and at most 1",
         )
 
 
@@ -142,10 +152,16 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareConfig:
-    """Fraction of the device's compute that each phase may use; they may add up to more than 1."""
+    """Fraction of the device's compute that each phase may use; they may add up to more than 1.
+
+    Attributes:
+      mps: whether a GPU's compute is shared through NVIDIA MPS, without which it cannot be limited.
+        "auto" warns if there is none, "on" refuses to start.
+    """
 
     prefill: float = 1.0
     decode: float = 1.0
+    mps: MpsMode = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (("prefill_share", self.prefill), ("decode_share", self.decode)):
@@ -178,7 +194,7 @@ class EngineConfig:
     """Everything an engine needs to know.
 
     Attributes:
-      platform: where workers run.
+      device: where workers run; "auto" is a GPU if there is one that can be used.
       compile_cache_dir: directory of compiled programs; None means the user's cache directory.
       log_level: what child processes write to standard error.
     """
@@ -188,6 +204,6 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     shares: ShareConfig = field(default_factory=ShareConfig)
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
-    platform: Platform = "cpu"
+    device: Device = "auto"
     compile_cache_dir: str | None = None
     log_level: LogLevel = "warning"

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import msgspec
 import numpy as np
 
-from semipd_jax.config import EngineConfig
+from semipd_jax.config import EngineConfig, Platform
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
 
 type Phase = Literal["prefill", "decode"]
@@ -252,6 +252,7 @@ class MemoryLayout(Line, frozen=True):
     weight_bytes: int
     kv_bytes: int
     eos_token_ids: tuple[int, ...]
+    worker_fraction: float | None = None  # of the device's memory, for one worker's own use
 
 
 class ChildSpec(Line, frozen=True):
@@ -264,6 +265,7 @@ class ChildSpec(Line, frozen=True):
     name: str
     run_dir: str
     config: EngineConfig
+    platform: Platform = "cpu"
     layout: MemoryLayout | None = None
     phase: Phase | None = None
     share: float | None = None

@@ -23,6 +23,7 @@ class Option:
 
 
 OPTIONS: Final = (
+    Option("device", "", "device", "where to run"),
     Option("tokenizer", "model", "tokenizer", "directory of the tokenizer [the model's]"),
     Option("served_model_name", "model", "served_name", "name that clients see [the directory's]"),
     Option("dtype", "model", "dtype", "of weights, activations and KV"),
@@ -33,6 +34,12 @@ OPTIONS: Final = (
     Option("seed", "model", "seed", "of dummy weights and of requests without a seed"),
     Option("block_size", "cache", "page_size", "tokens per KV page"),
     Option("kv_cache_memory_bytes", "cache", "memory_bytes", "size of the KV pool [by memory]"),
+    Option(
+        "gpu_memory_utilization",
+        "cache",
+        "gpu_memory_utilization",
+        "fraction of the GPU's memory that may be in use",
+    ),
     Option(
         "enable_prefix_caching",
         "cache",
@@ -72,6 +79,7 @@ OPTIONS: Final = (
     ),
     Option("prefill_share", "shares", "prefill", "fraction of the compute that prefill may use"),
     Option("decode_share", "shares", "decode", "fraction of the compute that decode may use"),
+    Option("mps", "shares", "mps", "share a GPU's compute through NVIDIA MPS"),
     Option("startup_timeout", "timeouts", "startup_s", "seconds until the engine must be ready"),
     Option("step_timeout", "timeouts", "step_s", "seconds until a worker counts as hung"),
     Option(

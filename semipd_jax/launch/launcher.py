@@ -21,6 +21,8 @@ from typing import Final
 from semipd_jax import errors
 from semipd_jax.config import EngineConfig
 from semipd_jax.errors import EngineError, StartupError, UnavailableError
+from semipd_jax.launch import device
+from semipd_jax.launch.device import Chosen
 from semipd_jax.launch.process import Events, Exited, Process
 from semipd_jax.messages import (
     ChildSpec,
@@ -35,6 +37,7 @@ from semipd_jax.messages import (
     Stalled,
     WorkerLost,
 )
+from semipd_jax.shares import backend as shares
 
 MAX_FAILED_STARTS: Final = 5
 """Replacements of one worker that may fail in a row before they are ready. One that was killed from
@@ -117,6 +120,8 @@ class Launcher:
         self._coordinator: Process | None = None
         self._coordinator_ready = False
         self._last_words: dict[Process, Failed] = {}
+        self._device = Chosen("cpu")
+        self._share_terms: shares.Terms = {}
         self._layout: MemoryLayout | None = None
         self._started = threading.Event()
         self._stopping = False
@@ -176,17 +181,31 @@ class Launcher:
     # ------------------------------------------------------------ supervision
 
     def _supervise(self) -> None:
+        with contextlib.ExitStack() as hosting:
+            self._run(hosting)
+            self._end_processes()
+        self._finish()
+
+    def _run(self, hosting: contextlib.ExitStack) -> None:
+        """Starts the processes and attends to them until the engine is to end."""
         try:
+            self._device = device.choose(self._config.device, self.run_dir)
+            self._share_terms = hosting.enter_context(
+                shares.host(
+                    self._device.platform, self._config.shares, self.run_dir, self._device.num_sms
+                )
+            )
             if self._front_end_spec is not None:
                 spec = self._spec("front end", extra=self._front_end_spec.extra)
                 self._front_end = self._spawn(self._front_end_spec.module, spec)
             self._owner = self._spawn(self._modules.owner, self._spec("memory owner"))
             while not self._stopping:
                 self._next_event()
+        except EngineError as error:
+            self._end(error)
         except Exception as error:
             _log.exception("the launcher failed")
             self._end(EngineError(f"the launcher failed: {error}"))
-        self._tear_down()
 
     def _next_event(self) -> None:
         try:
@@ -263,7 +282,7 @@ class Launcher:
             f"{slot.phase} worker {slot.share:.2f}",
             phase=slot.phase,
             share=slot.share,
-            extra={"worker_id": slot.worker_id},
+            extra={"worker_id": slot.worker_id, **self._share_terms},
         )
         slot.process = self._spawn(self._modules.worker, spec)
 
@@ -301,7 +320,7 @@ class Launcher:
         for slot in self._slots:
             if slot.worker_id == worker_id and slot.process is not None:
                 _log.warning("%s holds a step for too long and is replaced", worker_id)
-                slot.process.kill()
+                self._kill(slot.process)
 
     def _slot_of(self, process: Process) -> _WorkerSlot | None:
         return next((slot for slot in self._slots if slot.process is process), None)
@@ -320,6 +339,7 @@ class Launcher:
             name=name,
             run_dir=self.run_dir,
             config=self._config,
+            platform=self._device.platform,
             layout=self._layout,
             phase=phase,
             share=share,
@@ -338,16 +358,27 @@ class Launcher:
         self._stopping = True
         self._events.put(None)
 
-    def _tear_down(self) -> None:
+    def _kill(self, process: Process) -> None:
+        shares.evict(self._device.platform, process.pid, self._share_terms)
+        process.kill()
+
+    def _end_processes(self) -> None:
+        """The memory owner goes last: on some devices its memory goes with it."""
         self._stopping = True
-        for process in self._processes:
-            process.ask_to_stop()
-        deadline = time.monotonic() + _STOP_S
-        for process in self._processes:
-            if not process.wait(deadline):
-                _log.warning("%s does not stop and is killed", process.name)
-                process.kill()
-                process.wait(time.monotonic() + _STOP_S)
+        for group in (
+            [process for process in self._processes if process is not self._owner],
+            [process for process in self._processes if process is self._owner],
+        ):
+            for process in group:
+                process.ask_to_stop()
+            deadline = time.monotonic() + _STOP_S
+            for process in group:
+                if not process.wait(deadline):
+                    _log.warning("%s does not stop and is killed", process.name)
+                    self._kill(process)
+                    process.wait(time.monotonic() + _STOP_S)
+
+    def _finish(self) -> None:
         with contextlib.suppress(OSError):
             shutil.rmtree(Path(self.run_dir))
         failed_while_serving = self._started.is_set() and self.error is not None

@@ -1,7 +1,8 @@
 """`python -m semipd_jax.owner`: the memory owner, a child process of the launcher.
 
 It reserves the memory, loads the weights, hands both to whoever asks, and keeps them alive. It runs
-no kernel and imports no jax, so nothing that happens to a worker can take the memory with it.
+no kernel, imports no jax and takes no share of the compute, so nothing that happens to a worker
+can take the memory with it.
 """
 
 import contextlib
@@ -15,36 +16,45 @@ from semipd_jax.messages import MemoryLayout
 from semipd_jax.models.checkpoint import Checkpoint, open_checkpoint
 from semipd_jax.models.registry import load_spec
 from semipd_jax.models.spec import ModelSpec
-from semipd_jax.owner.plan import plan_memory
-from semipd_jax.storage.backend import Reservation, backend
+from semipd_jax.owner.plan import NUM_WORKERS, activation_bytes, plan_memory
+from semipd_jax.shares import backend as shares
+from semipd_jax.storage.backend import Memory, Reservation, backend
 from semipd_jax.storage.server import MemoryServer
 
 _TICK_S: Final = 5.0
 
 
 def main(child: Child) -> None:
-    layout, memory = _reserve_and_load(child)
-    if child.stopping.is_set():
-        return
-    with contextlib.closing(MemoryServer(child.spec.run_dir, memory)) as server:
-        child.ready(layout=layout)
-        while not child.stopping.is_set():
-            if server in select.select([server, child], [], [], _TICK_S)[0]:
-                server.answer()
+    shares.abstain(child.spec.platform, child.spec.run_dir)
+    storage = backend(child.spec.platform)
+    with storage.open_memory() as memory:
+        layout, regions = _reserve_and_load(child, memory, storage.dtype)
+        if child.stopping.is_set():
+            return
+        with contextlib.closing(MemoryServer(child.spec.run_dir, regions)) as server:
+            child.ready(layout=layout)
+            while not child.stopping.is_set():
+                if server in select.select([server, child], [], [], _TICK_S)[0]:
+                    server.answer()
 
 
-def _reserve_and_load(child: Child) -> tuple[MemoryLayout, list[Reservation]]:
+def _reserve_and_load(
+    child: Child, memory: Memory, default_dtype: str | None
+) -> tuple[MemoryLayout, list[Reservation]]:
     config, model = child.spec.config, child.spec.config.model
     spec = load_spec(model.path)
     checkpoint = open_checkpoint(model.path, spec, model.load_format, model.seed)
-    storage = backend(config.platform)
+    budget = memory.budget(
+        config.cache.gpu_memory_utilization, NUM_WORKERS, activation_bytes(spec, config)
+    )
     plan = plan_memory(
         spec,
         config,
         eos_token_ids=checkpoint.eos_token_ids,
-        available_bytes=storage.available_bytes(),
+        budget=budget,
+        default_dtype=default_dtype,
     )
-    weights, state = storage.reserve(plan.weights), storage.reserve(plan.state)
+    weights, state = memory.reserve(plan.weights), memory.reserve(plan.state)
     _load_weights(child, spec, checkpoint, weights)
     return plan.layout, [weights, state]
 
@@ -64,6 +74,7 @@ def _load_weights(
             bar.update(out.nbytes)
             done += out.nbytes
             child.progress("load weights", done, total, detail=weight.path)
+    memory.finish()
 
 
 if __name__ == "__main__":

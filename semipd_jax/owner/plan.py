@@ -8,10 +8,17 @@ from semipd_jax.config import EngineConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import MemoryLayout
 from semipd_jax.models.spec import ModelSpec
-from semipd_jax.storage.manifest import STATE, WEIGHTS, Region, lay_out, numpy_dtype
+from semipd_jax.storage.budget import Budget
+from semipd_jax.storage.manifest import ALIGNMENT, STATE, WEIGHTS, Region, lay_out, numpy_dtype
+
+NUM_WORKERS: Final = 2
+"""One per phase."""
 
 _POOL_SHARE: Final = 0.25
-"""Most of what the weights leave free that the KV pool takes if no size was asked for."""
+"""Most of what the weights leave that the KV pool takes from memory that others need too."""
+
+_LIVE_ACTIVATIONS: Final = 4
+"""Float32 arrays of a step's widest shape that are alive at once, at most. An estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +33,35 @@ def plan_memory(
     config: EngineConfig,
     *,
     eos_token_ids: tuple[int, ...],
-    available_bytes: int,
+    budget: Budget,
+    default_dtype: str | None,
 ) -> MemoryPlan:
-    """Raises StartupError that says what to change if the model or one full request cannot fit."""
-    dtype = _dtype(spec, config)
+    """Raises StartupError that says what to change if the model or one full request cannot fit.
+
+    Args:
+      default_dtype: of a model whose dtype was left open; None means the checkpoint's.
+    """
+    asked = config.model.dtype
+    dtype = asked if asked != "auto" else default_dtype or spec.checkpoint_dtype
     max_model_len = _max_model_len(spec, config)
     num_rows = config.scheduler.max_num_seqs + 1
     weights = lay_out(WEIGHTS, ((weight.path, weight.shape, dtype) for weight in spec.weights))
-    if weights.num_bytes > available_bytes:
+    if weights.num_bytes > budget.available_bytes:
         raise StartupError(
-            f"the weights need {_gib(weights.num_bytes)} as {dtype}, "
-            f"but only {_gib(available_bytes)} of memory are available"
+            f"the weights need {_gib(weights.num_bytes)} as {dtype}, but only {_available(budget)}"
         )
     page_bytes = _page_bytes(spec, config.cache.page_size, dtype)
-    num_pages = _num_pages(config, max_model_len, page_bytes, available_bytes - weights.num_bytes)
+    rest = _lay_out_state(spec, config.cache.page_size, dtype, 0, num_rows, max_model_len)
+    padding = ALIGNMENT * len(rest.arrays)
+    free_bytes = budget.available_bytes - weights.num_bytes - rest.num_bytes - padding
+    num_pages = _num_pages(
+        config, max_model_len, page_bytes, free_bytes, takes_rest=budget.pool_takes_rest
+    )
     state = _lay_out_state(spec, config.cache.page_size, dtype, num_pages, num_rows, max_model_len)
-    if weights.num_bytes + state.num_bytes > available_bytes:
+    if weights.num_bytes + state.num_bytes > budget.available_bytes:
         raise StartupError(
             f"weights and KV pool need {_gib(weights.num_bytes + state.num_bytes)}, but only "
-            f"{_gib(available_bytes)} of memory are available: lower kv_cache_memory_bytes"
+            f"{_available(budget)}: lower kv_cache_memory_bytes"
         )
     layout = MemoryLayout(
         dtype=dtype,
@@ -56,15 +73,22 @@ def plan_memory(
         weight_bytes=weights.num_bytes,
         kv_bytes=num_pages * page_bytes,
         eos_token_ids=eos_token_ids,
+        worker_fraction=budget.worker_fraction,
     )
     return MemoryPlan(weights, state, layout)
 
 
-def _dtype(spec: ModelSpec, config: EngineConfig) -> str:
-    """A CPU computes fastest in float32: XLA:CPU emulates the shorter types."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return "float32" if config.platform == "cpu" else spec.checkpoint_dtype
+def activation_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """An upper estimate of what one worker's largest step allocates: activations and logits.
+
+    Weights keep their input width last or first and may be fused along the other axis, so their
+    longest dimension, the vocabulary's apart, bounds the widest activation of a token.
+    """
+    limits = config.scheduler
+    dims = [dim for weight in spec.weights for dim in weight.shape if dim != spec.vocab_size]
+    per_token = limits.max_num_batched_tokens * max(dims, default=1)
+    per_row = limits.max_num_seqs * spec.vocab_size
+    return 4 * _LIVE_ACTIVATIONS * (per_token + per_row)
 
 
 def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
@@ -84,12 +108,16 @@ def _page_bytes(spec: ModelSpec, page_size: int, dtype: str) -> int:
     return spec.num_layers * elements * numpy_dtype(dtype).itemsize
 
 
-def _num_pages(config: EngineConfig, max_model_len: int, page_bytes: int, free_bytes: int) -> int:
-    """Pages of the pool, scratch page included: as asked for, else what all rows could fill."""
+def _num_pages(
+    config: EngineConfig, max_model_len: int, page_bytes: int, free_bytes: int, *, takes_rest: bool
+) -> int:
+    """Pages of the pool, scratch page included: as asked for, else all, or what rows could fill."""
     page_size = config.cache.page_size
     longest = -(-max_model_len // page_size)
     pool_bytes = config.cache.memory_bytes
-    if pool_bytes is None:
+    if pool_bytes is None and takes_rest:
+        pool_bytes = max(free_bytes, 0)
+    elif pool_bytes is None:
         wanted = (1 + config.scheduler.max_num_seqs * longest) * page_bytes
         pool_bytes = min(wanted, int(free_bytes * _POOL_SHARE))
     num_pages = pool_bytes // page_bytes
@@ -112,6 +140,11 @@ def _lay_out_state(
     ]
     tokens = ("tokens", (num_rows, max_model_len + 1), "int32")
     return lay_out(STATE, [*pools, tokens], writable=True)
+
+
+def _available(budget: Budget) -> str:
+    detail = f" ({budget.detail})" if budget.detail else ""
+    return f"{_gib(budget.available_bytes)} of memory are available{detail}"
 
 
 def _gib(num_bytes: int) -> str:

@@ -1,12 +1,16 @@
 """How the compute of one process is capped on one platform."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from semipd_jax.config import Platform
-from semipd_jax.errors import StartupError
+from semipd_jax.config import Platform, ShareConfig
 from semipd_jax.messages import Phase
-from semipd_jax.shares import cpu
+from semipd_jax.shares import cpu, mps
+
+type Terms = Mapping[str, str]
+"""What the launcher's side tells every worker about sharing, in `ChildSpec.extra`."""
 
 
 @runtime_checkable
@@ -18,17 +22,46 @@ class Grant(Protocol):
         ...
 
 
-type Apply = Callable[[float, Phase], Grant]
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    host: Callable[[ShareConfig, str, int], AbstractContextManager[Terms]]
+    apply: Callable[[float, Phase, Terms], Grant]
+    abstain: Callable[[str], None]
+    evict: Callable[[int, Terms], None]
 
-_APPLY: Final[Mapping[Platform, Apply]] = {"cpu": cpu.apply}
+
+_BACKENDS: Final[Mapping[Platform, _Backend]] = {
+    "cpu": _Backend(cpu.host, cpu.apply, cpu.abstain, cpu.evict),
+    "cuda": _Backend(mps.host, mps.apply, mps.abstain, mps.evict),
+}
 
 
-def apply(platform: Platform, share: float, phase: Phase) -> Grant:
+def host(
+    platform: Platform, config: ShareConfig, run_dir: str, num_sms: int
+) -> AbstractContextManager[Terms]:
+    """What has to be there while workers live; the context ends after the last of them.
+
+    Raises StartupError if compute cannot be shared as the configuration wants.
+
+    Args:
+      num_sms: of the whole device; 0 on a CPU.
+    """
+    return _BACKENDS[platform].host(config, run_dir, num_sms)
+
+
+def apply(platform: Platform, share: float, phase: Phase, terms: Terms) -> Grant:
     """Confines this process to `share` of the device, 0 < share ≤ 1, until it ends.
 
     A worker calls it once, first thing, before jax is imported, and `verify` after its first step.
-    Raises StartupError for a platform that has no shares yet.
     """
-    if platform not in _APPLY:
-        raise StartupError(f"platform is {platform!r}; allowed: {', '.join(_APPLY)}")
-    return _APPLY[platform](share, phase)
+    return _BACKENDS[platform].apply(share, phase, terms)
+
+
+def abstain(platform: Platform, run_dir: str) -> None:
+    """Keeps this process out of the sharing of compute. Call it before anything uses the device."""
+    _BACKENDS[platform].abstain(run_dir)
+
+
+def evict(platform: Platform, pid: int, terms: Terms) -> None:
+    """Takes a worker that hangs off the device; whoever calls this kills it next."""
+    _BACKENDS[platform].evict(pid, terms)

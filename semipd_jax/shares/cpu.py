@@ -7,9 +7,11 @@ add up to more than 1. Hardware threads of one core are neighbours in that order
 import contextlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from semipd_jax.config import ShareConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import Phase
 
@@ -36,7 +38,14 @@ def plan(share: float, phase: Phase) -> frozenset[int]:
     return frozenset(cores[:num_cores] if phase == "prefill" else cores[-num_cores:])
 
 
-def apply(share: float, phase: Phase) -> CoreGrant:
+def host(
+    config: ShareConfig, run_dir: str, num_sms: int
+) -> contextlib.AbstractContextManager[Mapping[str, str]]:
+    """The kernel keeps processes to their cores; nothing else has to run."""
+    return contextlib.nullcontext({})
+
+
+def apply(share: float, phase: Phase, terms: Mapping[str, str]) -> CoreGrant:
     """Confines all threads of this process, and those to come."""
     grant = CoreGrant(plan(share, phase), len(os.sched_getaffinity(0)))
     for thread in _threads():
@@ -45,6 +54,14 @@ def apply(share: float, phase: Phase) -> CoreGrant:
     # XLA would otherwise prefer a variable NPROC that happens to be set.
     os.environ["PJRT_NPROC"] = str(len(grant.cores))
     return grant
+
+
+def abstain(run_dir: str) -> None:
+    """Every core stays allowed."""
+
+
+def evict(pid: int, terms: Mapping[str, str]) -> None:
+    """Killing a process frees its cores."""
 
 
 def _threads() -> list[int]:

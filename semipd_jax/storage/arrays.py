@@ -46,15 +46,15 @@ class _ManagedTensor(ctypes.Structure):
     )
 
 
-_DEVICE_TYPES: Final[Mapping[Platform, int]] = {"cpu": 1}
+_DEVICE_TYPES: Final[Mapping[Platform, int]] = {"cpu": 1, "cuda": 2}
 _TYPE_CODES: Final = {"int32": 0, "float16": 2, "float32": 2, "bfloat16": 4}
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-# XLA calls the deleter from its own threads, where a Python callback would wait for the GIL. Any C
-# function that ignores its argument will do.
+# XLA calls the deleter from its own threads, where a Python callback would wait for the GIL, and on
+# a GPU without looking whether there is one. Any C function that ignores its argument will do.
 _NO_OP: Final = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
 
 
@@ -90,7 +90,8 @@ def view(
         raise SharingError(f"address {address:#x} is not a multiple of {ALIGNMENT}")
     exporter = _Exporter(address, shape, dtype, _DEVICE_TYPES[platform], device)
     # On the CPU, only what was imported with copy=True is donated in place, and aligned memory is
-    # not copied (jax 0.11, 0.12). Any other import is silently detached by its first donation.
+    # not copied (jax 0.11, 0.12). Any other import is silently detached by its first donation. On a
+    # GPU every import is donated in place, and copy=True would read the address as the host's.
     array = jax.dlpack.from_dlpack(exporter, copy=platform == "cpu")
     check_result(array, address)
     return array

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from semipd_jax.storage import host_memory
+from semipd_jax.storage.budget import Budget
 from semipd_jax.storage.lifetime import keep_until_exit
 from semipd_jax.storage.manifest import Region, SharingError, numpy_dtype
 
@@ -40,6 +42,25 @@ class HostMemory:
         )
         flat = np.frombuffer(window, numpy_dtype(entry.dtype), math.prod(entry.shape), start)
         yield flat.reshape(entry.shape)
+
+    def finish(self) -> None:
+        """Nothing is under way: arrays are written in place."""
+
+
+class HostMemories:
+    """The memory owner's side of the machine's memory."""
+
+    def budget(self, utilization: float, num_workers: int, activation_bytes: int) -> Budget:
+        """What is available now: other programs and our workers share it by taking turns."""
+        return Budget(available_bytes=host_memory.available_bytes())
+
+    def reserve(self, region: Region) -> HostMemory:
+        return HostMemory(region)
+
+
+@contextmanager
+def open_memory() -> Iterator[HostMemories]:
+    yield HostMemories()
 
 
 def map_region(region: Region, fd: int) -> int:

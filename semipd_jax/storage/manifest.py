@@ -3,13 +3,16 @@
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Final
+from typing import Final, Literal
 
 import ml_dtypes
 import msgspec
 import numpy as np
 
 from semipd_jax.errors import EngineError
+
+type Sharing = Literal["memfd", "vmm", "ipc"]
+"""What a region's descriptor is: a memory file, device memory, or a file with an IPC handle."""
 
 WEIGHTS: Final = "weights"
 """The region of the model's parameters, by `WeightSpec.path`. Workers only read it."""
@@ -52,6 +55,8 @@ class Region(msgspec.Struct, frozen=True):
     Attributes:
       arrays: in ascending order of offset.
       writable: whether workers may write to it.
+      device: whose memory it is, by ordinal.
+      sharing: how other processes map it.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Region(msgspec.Struct, frozen=True):
     arrays: tuple[ArrayEntry, ...]
     writable: bool = False
     device: int = 0
+    sharing: Sharing = "memfd"
 
     def entry(self, path: str) -> ArrayEntry:
         for entry in self.arrays:

@@ -2,12 +2,14 @@
 
 import gc
 import logging
+import os
 from typing import Final
 
 from semipd_jax.child import Child, run_child
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import FromWorker, ToWorker, WorkerReady
 from semipd_jax.shares import backend as shares
+from semipd_jax.storage.backend import worker_environment
 from semipd_jax.transport.channels import WORKERS, Link
 
 _MAP_TIMEOUT_S: Final = 30.0
@@ -20,10 +22,11 @@ def main(child: Child) -> None:
     worker_id = spec.extra.get("worker_id")
     if spec.layout is None or spec.phase is None or spec.share is None or worker_id is None:
         raise StartupError("a worker needs a memory layout, a phase, a share and a worker_id")
-    grant = shares.apply(spec.config.platform, spec.share, spec.phase)
-    from semipd_jax.worker import loop, setup  # they start jax, which must see the share
+    grant = shares.apply(spec.platform, spec.share, spec.phase, spec.extra)
+    _set_environment(worker_environment(spec.platform, spec.layout.worker_fraction))
+    from semipd_jax.worker import loop, setup  # they start jax, which must see all this
 
-    setup.configure_jax(spec.config)
+    setup.start_jax(spec.platform, spec.config)
     runner, compiles = setup.build_runner(
         child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S
     )
@@ -36,6 +39,14 @@ def main(child: Child) -> None:
     child.ready()
     loop.serve(child, link, runner, compiles, worker_id)
     link.close()
+
+
+def _set_environment(changes: dict[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 if __name__ == "__main__":

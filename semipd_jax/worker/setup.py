@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from semipd_jax.child import Child
-from semipd_jax.config import EngineConfig
+from semipd_jax.config import EngineConfig, Platform
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import MemoryLayout, Phase
 from semipd_jax.models import module
@@ -19,9 +19,15 @@ from semipd_jax.storage.manifest import STATE, WEIGHTS
 from semipd_jax.storage.mapping import map_regions
 
 
-def configure_jax(config: EngineConfig) -> None:
-    jax.config.update("jax_platforms", config.platform)
+def start_jax(platform: Platform, config: EngineConfig) -> None:
+    """Starts the backend, on one device. Raises StartupError if it does not start."""
+    jax.config.update("jax_platforms", platform)
+    jax.config.update("jax_cuda_visible_devices", "0")
     enable_cache(config.compile_cache_dir)
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # a plugin that fails leaves no backend at all
+        raise StartupError(f"jax does not start on {platform!r}: {error}") from error
 
 
 def build_runner(
@@ -33,7 +39,7 @@ def build_runner(
     """
     config = child.spec.config
     child.progress("map", 0, 1)
-    mapped = map_regions(child.spec.run_dir, config.platform, map_timeout_s)
+    mapped = map_regions(child.spec.run_dir, child.spec.platform, map_timeout_s)
     spec = load_spec(config.model.path)
     graphdef, expected = module.abstract_params(spec, layout.dtype)
     params = module.nest(region_arrays(mapped[WEIGHTS]))
@@ -48,7 +54,7 @@ def build_runner(
         params,
         SharedState(layers=layers, tokens=state["tokens"]),
         buckets,
-        platform=config.platform,
+        platform=child.spec.platform,
         on_progress=lambda done: child.progress("compile", done, len(buckets)),
     )
     return runner, CompileCounter()

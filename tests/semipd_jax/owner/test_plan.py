@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.models.spec import KVArray, ModelSpec, WeightSpec
-from semipd_jax.owner.plan import MemoryPlan, plan_memory
-from semipd_jax.storage.manifest import check
+from semipd_jax.owner.plan import MemoryPlan, activation_bytes, plan_memory
+from semipd_jax.storage.budget import Budget
+from semipd_jax.storage.manifest import ALIGNMENT, check
 
 GIB = 2**30
 PAGE_BYTES = 3 * 2 * (2 * 16 * 8) * 4  # layers, k and v, (heads, page_size, head_dim), float32
@@ -41,6 +42,7 @@ def plan(
     available_bytes: int = GIB,
     memory_bytes: int | None = None,
     max_num_seqs: int = 4,
+    pool_takes_rest: bool = False,
     **options: Any,
 ) -> MemoryPlan:
     config = EngineConfig(
@@ -48,8 +50,13 @@ def plan(
         cache=CacheConfig(memory_bytes=memory_bytes),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
     )
-    spec = spec or model()
-    return plan_memory(spec, config, eos_token_ids=(2, 7), available_bytes=available_bytes)
+    return plan_memory(
+        spec or model(),
+        config,
+        eos_token_ids=(2, 7),
+        budget=Budget(available_bytes=available_bytes, pool_takes_rest=pool_takes_rest),
+        default_dtype="float32",
+    )
 
 
 def test_pool_holds_every_row_at_full_length_if_there_is_memory() -> None:
@@ -67,7 +74,7 @@ def test_pool_takes_at_most_a_quarter_of_what_the_weights_leave() -> None:
     available = 8 * LONGEST * PAGE_BYTES
     weights = plan().weights.num_bytes
     layout = plan(available_bytes=available).layout
-    assert layout.num_pages == int((available - weights) * 0.25) // PAGE_BYTES
+    assert 0.24 < layout.kv_bytes / (available - weights) <= 0.25
     assert 1 + LONGEST <= layout.num_pages < 1 + 4 * LONGEST
 
 
@@ -122,6 +129,33 @@ def test_request_of_full_length_must_fit() -> None:
         plan(memory_bytes=1)
 
 
+def test_dtype_of_the_checkpoint_where_the_platform_has_no_preference() -> None:
+    config = EngineConfig(model=ModelConfig(path="/model"))
+    budget = Budget(available_bytes=GIB, worker_fraction=0.05)
+    layout = plan_memory(
+        model(), config, eos_token_ids=(), budget=budget, default_dtype=None
+    ).layout
+    assert layout.dtype == "bfloat16"
+    assert layout.worker_fraction == 0.05
+
+
+def test_activations_of_a_step_grow_with_its_tokens_and_rows() -> None:
+    def of(tokens: int, rows: int) -> int:
+        limits = SchedulerConfig(max_num_batched_tokens=tokens, max_num_seqs=rows)
+        config = EngineConfig(model=ModelConfig(path="/model"), scheduler=limits)
+        return activation_bytes(model(vocab_size=50), config)
+
+    assert of(200, 4) - of(100, 4) == 100 * 16 * 4 * 4  # the widest activation, float32, 4 alive
+    assert of(100, 5) - of(100, 4) == 50 * 4 * 4
+
+
+def test_too_little_memory_says_how_that_came_about() -> None:
+    budget = Budget(available_bytes=100, detail="0.9 of 80 GiB, less 79 GiB in use")
+    config = EngineConfig(model=ModelConfig(path="/model"))
+    with pytest.raises(StartupError, match=r"are available \(0\.9 of 80 GiB, less 79 GiB in use\)"):
+        plan_memory(model(), config, eos_token_ids=(), budget=budget, default_dtype=None)
+
+
 def test_memory_that_is_not_there() -> None:
     with pytest.raises(
         StartupError, match=r"weights need 0\.06 GiB as float32, but only 0\.05 GiB"
@@ -136,12 +170,14 @@ def test_memory_that_is_not_there() -> None:
     memory_bytes=st.none() | st.integers(1, GIB),
     max_num_seqs=st.integers(1, 64),
     max_model_len=st.none() | st.integers(2, 1000),
+    pool_takes_rest=st.booleans(),
 )
 def test_what_is_planned_fits(
     available_bytes: int,
     memory_bytes: int | None,
     max_num_seqs: int,
     max_model_len: int | None,
+    pool_takes_rest: bool,
 ) -> None:
     try:
         memory = plan(
@@ -149,13 +185,17 @@ def test_what_is_planned_fits(
             memory_bytes=memory_bytes,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            pool_takes_rest=pool_takes_rest,
         )
     except StartupError:
         return
     layout = memory.layout
     assert memory.weights.num_bytes + memory.state.num_bytes <= available_bytes
     assert (layout.num_pages - 1) * layout.page_size >= layout.max_model_len
-    if memory_bytes is None:
+    used = memory.weights.num_bytes + memory.state.num_bytes
+    if memory_bytes is None and pool_takes_rest:
+        assert available_bytes - used < PAGE_BYTES + 8 * ALIGNMENT
+    elif memory_bytes is None:
         assert layout.num_pages - 1 <= max_num_seqs * math.ceil(layout.max_model_len / 16)
     else:
         assert memory_bytes - PAGE_BYTES < layout.kv_bytes <= memory_bytes

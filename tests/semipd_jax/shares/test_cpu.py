@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from semipd_jax.errors import StartupError
 from semipd_jax.shares import cpu
-from semipd_jax.shares.backend import apply
 from semipd_jax.shares.cpu import CoreGrant, plan
 
 
@@ -77,7 +76,7 @@ WORKER = """
     from semipd_jax.shares.backend import apply
     idle = threading.Event()
     threading.Thread(target=idle.wait, daemon=True).start()
-    grant = apply("cpu", float(sys.argv[1]), sys.argv[2])
+    grant = apply("cpu", float(sys.argv[1]), sys.argv[2], {})
 
     import jax, jax.numpy as jnp
     jax.jit(jnp.matmul)(jnp.ones((300, 300)), jnp.ones((300, 300))).block_until_ready()
@@ -110,8 +109,3 @@ def test_verify_notices_a_thread_outside_the_share() -> None:
     with pytest.raises(StartupError, match=r"outside its share, on \[\d"):
         CoreGrant(frozenset({max(available) + 1}), len(available)).verify()
     CoreGrant(frozenset(available), len(available)).verify()
-
-
-def test_platform_without_shares() -> None:
-    with pytest.raises(StartupError, match="platform is 'cuda'; allowed: cpu"):
-        apply("cuda", 1.0, "decode")

@@ -19,7 +19,6 @@ import pytest
 
 from semipd_jax.errors import StartupError
 from semipd_jax.storage import server
-from semipd_jax.storage.backend import backend
 from semipd_jax.storage.cpu import HostMemory
 from semipd_jax.storage.manifest import Region, SharingError, lay_out
 from semipd_jax.storage.mapping import MappedRegion, map_regions
@@ -246,8 +245,3 @@ def test_no_owner(run_dir: str) -> None:
             map_regions(run_dir, "cpu", 0.1)
     with pytest.raises(StartupError, match="refused"):
         map_regions(run_dir, "cpu", 10.0)
-
-
-def test_platform_without_shared_memory() -> None:
-    with pytest.raises(StartupError, match="platform is 'cuda'; allowed: cpu"):
-        backend("cuda")
