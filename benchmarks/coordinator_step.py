@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from semipd_jax.config import ShareConfig
 from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.messages import (
     DecodeStep,
     FromWorker,
@@ -75,7 +77,12 @@ def _coordinator(sender: _EncodingSender, num_rows: int, max_len: int) -> Coordi
         max_num_queued_reqs=num_rows,
     )
     return Coordinator(
-        Scheduler(limits), sender, sender, step_timeout_s=60.0, on_stalled=lambda _: None
+        Scheduler(limits),
+        sender,
+        sender,
+        ShareControl(ShareConfig()),
+        step_timeout_s=60.0,
+        tell_launcher=lambda _: None,
     )
 
 

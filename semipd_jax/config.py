@@ -8,7 +8,7 @@ and travel in `messages.MemoryLayout`, never by changing the config.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from semipd_jax.errors import ConfigError
 
@@ -21,10 +21,19 @@ type SchedulingPolicy = Literal["fcfs", "spf"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+MAX_RUNGS: Final = 8
+"""Shares on a ladder; each is a process per phase."""
+
+
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises ConfigError naming the field, the value and what is allowed, unless `ok`."""
     if not ok:
         raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def require_share(name: str, share: float) -> None:
+    """Raises ConfigError unless `share` is a fraction of the device's compute."""
+    require(0.0 < share <= 1.0, name, share, "above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,17 +164,47 @@ class ShareConfig:
     """Fraction of the device's compute that each phase may use; they may add up to more than 1.
 
     Attributes:
+      prefill, decode: the shares at the start, while both phases have work.
+      ladder: further shares at which both phases keep a warm worker, so that a phase can move to
+        one of them between two steps.
+      prefill_ladder, decode_ladder: the same for one phase; None means `ladder`.
       mps: whether a GPU's compute is shared through NVIDIA MPS, without which it cannot be limited.
         "auto" warns if there is none, "on" refuses to start.
     """
 
     prefill: float = 1.0
     decode: float = 1.0
+    ladder: tuple[float, ...] = ()
+    prefill_ladder: tuple[float, ...] | None = None
+    decode_ladder: tuple[float, ...] | None = None
     mps: MpsMode = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (("prefill_share", self.prefill), ("decode_share", self.decode)):
-            require(0.0 < value <= 1.0, name, value, "above 0 and at most 1")
+            require_share(name, value)
+        ladders = (
+            ("share_ladder", self.ladder),
+            *(
+                (f"{phase}_share_ladder", ladder or ())
+                for phase, ladder in (
+                    ("prefill", self.prefill_ladder),
+                    ("decode", self.decode_ladder),
+                )
+            ),
+        )
+        for name, ladder in ladders:
+            for value in ladder:
+                require_share(name, value)
+            require(len(ladder) <= MAX_RUNGS, name, ladder, f"at most {MAX_RUNGS} shares")
+
+    def rungs(self, phase: Literal["prefill", "decode"]) -> tuple[float, ...]:
+        """The shares of a phase whose workers are kept warm, smallest first."""
+        share, own = (
+            (self.prefill, self.prefill_ladder)
+            if phase == "prefill"
+            else (self.decode, self.decode_ladder)
+        )
+        return tuple(sorted({share, *(self.ladder if own is None else own)}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ in one program. Options are those of `python -m semipd_jax.serve`, by the same n
 """
 
 import asyncio
+import functools
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Final
 from semipd_jax.client import EngineClient, Prompt
 from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
 from semipd_jax.launch.launcher import Launcher
-from semipd_jax.messages import MemoryLayout, Stats
+from semipd_jax.messages import MemoryLayout, Shares, Stats
 from semipd_jax.options import build_config
 from semipd_jax.request import Delta, Event, Finished, FinishReason, TokenLogprob, Usage
 
@@ -151,6 +152,10 @@ class AsyncEngine:
     async def stats(self) -> Stats:
         return await self._running().stats()
 
+    async def shares(self, *, prefill: float | None = None, decode: float | None = None) -> Shares:
+        """See `EngineClient.shares`."""
+        return await self._running().shares(prefill=prefill, decode=decode)
+
     def _running(self) -> EngineClient:
         if self._client is None:
             raise UnavailableError("the engine is not running")
@@ -205,6 +210,11 @@ class Engine:
 
     def stats(self) -> Stats:
         return self._run(self._engine.stats, timeout_s=_CALL_TIMEOUT_S)
+
+    def shares(self, *, prefill: float | None = None, decode: float | None = None) -> Shares:
+        """See `EngineClient.shares`."""
+        change = functools.partial(self._engine.shares, prefill=prefill, decode=decode)
+        return self._run(change, timeout_s=_CALL_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ends what runs and every process. Safe to call twice."""

@@ -168,7 +168,16 @@ class GetStats(Message, frozen=True):
     query_id: int
 
 
-type ToCoordinator = Submit | Abort | GetStats
+class SetShares(Message, frozen=True):
+    """Run the phases at these shares from their next steps on; None leaves one as it is. Answered
+    by `Shares` with the same `query_id`."""
+
+    query_id: int
+    prefill: float | None = None
+    decode: float | None = None
+
+
+type ToCoordinator = Submit | Abort | GetStats | SetShares
 
 # ---------------------------------------------------------------- coordinator → client
 
@@ -231,7 +240,26 @@ class Stats(Message, frozen=True):
     prefix_cache_hits: int  # those of them whose KV was there
 
 
-type FromCoordinator = Refused | Admitted | Outputs | Stats
+class PhaseShares(Message, frozen=True):
+    """The compute of one phase.
+
+    `asked` holds while both phases have work; a phase alone runs at its largest share. `current` is
+    that of the last step; `warm` are those with a ready worker.
+    """
+
+    asked: float
+    current: float | None
+    warm: tuple[float, ...]
+    num_switches: int
+
+
+class Shares(Message, frozen=True):
+    query_id: int
+    prefill: PhaseShares
+    decode: PhaseShares
+
+
+type FromCoordinator = Refused | Admitted | Outputs | Stats | Shares
 
 # ---------------------------------------------------------------- launcher ⇄ children (JSON lines)
 
@@ -284,11 +312,24 @@ class Serve(Line, frozen=True):
     layout: MemoryLayout
 
 
+class WaitingFor(Line, frozen=True):
+    """To the front end: parts that are not ready, and how far they are; none: all is well again."""
+
+    parts: tuple[str, ...]
+
+
 class Drain(Line, frozen=True):
     """To the front end: refuse new requests, finish the running ones, then exit."""
 
 
-type ToChild = ChildSpec | WorkerLost | Serve | Drain
+class ShareUnavailable(Line, frozen=True):
+    """To the coordinator: no worker of this phase can be had at this share."""
+
+    phase: Phase
+    share: float
+
+
+type ToChild = ChildSpec | WorkerLost | Serve | WaitingFor | Drain | ShareUnavailable
 
 
 class Progress(Line, frozen=True):
@@ -304,10 +345,24 @@ class Ready(Line, frozen=True):
 
     layout: MemoryLayout | None = None
     address: str | None = None
+    http_address: str | None = None
 
 
 class Stalled(Line, frozen=True):
     """From the coordinator: this worker holds a step for longer than the step timeout."""
+
+    worker_id: str
+
+
+class StartWorker(Line, frozen=True):
+    """From the coordinator: a worker at a share that has none is wanted."""
+
+    phase: Phase
+    share: float
+
+
+class RetireWorker(Line, frozen=True):
+    """From the coordinator: this worker holds no step and will get none."""
 
     worker_id: str
 
@@ -319,4 +374,7 @@ class Failed(Line, frozen=True):
     message: str
 
 
-type FromChild = Progress | Ready | Stalled | Failed
+type ToLauncher = Stalled | StartWorker | RetireWorker
+"""What the coordinator asks of the launcher."""
+
+type FromChild = Progress | Ready | Failed | ToLauncher

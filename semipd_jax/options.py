@@ -4,8 +4,9 @@ Names are those that vLLM users know, where vLLM has the option.
 """
 
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Final
 
 from semipd_jax import config
@@ -79,6 +80,14 @@ OPTIONS: Final = (
     ),
     Option("prefill_share", "shares", "prefill", "fraction of the compute that prefill may use"),
     Option("decode_share", "shares", "decode", "fraction of the compute that decode may use"),
+    Option(
+        "share_ladder",
+        "shares",
+        "ladder",
+        "further shares to keep warm workers at, for instance 0.6,0.8,1.0",
+    ),
+    Option("prefill_share_ladder", "shares", "prefill_ladder", "the same for prefill alone"),
+    Option("decode_share_ladder", "shares", "decode_ladder", "the same for decode alone"),
     Option("mps", "shares", "mps", "share a GPU's compute through NVIDIA MPS"),
     Option("startup_timeout", "timeouts", "startup_s", "seconds until the engine must be ready"),
     Option("step_timeout", "timeouts", "step_s", "seconds until a worker counts as hung"),
@@ -134,12 +143,25 @@ def choices(option: Option) -> tuple[str, ...] | None:
 
 
 def value_type(option: Option) -> type:
-    """bool, int, float or str."""
+    """bool, int, float, str or tuple (of numbers)."""
     if choices(option) is not None:
         return str
     annotation = _annotation(option)
-    kinds = [t for t in typing.get_args(annotation) if t is not NoneType] or [annotation]
-    return kinds[0]
+    kind = annotation
+    if isinstance(annotation, UnionType):
+        kind = next(t for t in typing.get_args(annotation) if t is not NoneType)
+    return typing.get_origin(kind) or kind
+
+
+def parse(option: Option) -> Callable[[str], Any]:
+    """What makes a value of a word on the command line, or raises ValueError."""
+    kind = value_type(option)
+    return numbers if kind is tuple else kind
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """For instance 0.6,0.8,1.0."""
+    return tuple(float(word) for word in text.split(","))
 
 
 def default(option: Option) -> Any:
@@ -157,12 +179,15 @@ def _check_type(option: Option, value: object) -> None:
         require(value in words, option.name, value, ", ".join(words))
         return
     kind = value_type(option)
-    allowed = (int, float) if kind is float else (kind,)
-    unset = value is None and default(option) is None
-    is_right = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
-    require(
-        unset or is_right,
-        option.name,
-        value,
-        f"a value of type {kind.__name__}",
-    )
+    if kind is tuple:
+        is_right = isinstance(value, tuple) and all(_is_number(n) for n in value)
+        allowed = "a tuple of numbers"
+    else:
+        is_right = _is_number(value) if kind is float else type(value) is kind
+        allowed = f"a value of type {kind.__name__}"
+    is_unset = value is None and default(option) is None
+    require(is_unset or is_right, option.name, value, allowed)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

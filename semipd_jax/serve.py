@@ -19,6 +19,7 @@ from semipd_jax.errors import ConfigError, EngineError
 from semipd_jax.launch.launcher import FrontEnd, Launcher
 from semipd_jax.messages import MemoryLayout, Progress
 from semipd_jax.options import Option
+from semipd_server.settings import add_flags, take_flags
 
 type _Event = Literal["started", "ended", "signal"]
 
@@ -45,15 +46,17 @@ def main(argv: list[str] | None = None) -> int:
             "--trust-remote-code: the engine has its own model definitions and never runs code "
             "that comes with a model"
         )
-    host, port = args.pop("host"), args.pop("port")
     try:
+        settings = take_flags(args)
         config = options.build_config(**args)
     except ConfigError as error:
         print(f"semipd_jax.serve: error: {error}", file=sys.stderr)
         return 2
     setproctitle("semipd: serve")
     logs.configure("serve", config.log_level)
-    front_end = FrontEnd(module="semipd_server.main", extra={"host": host, "port": str(port)})
+    if settings.is_exposed:
+        _log.warning("no --api-key: whoever reaches %s may use the engine", settings.host)
+    front_end = FrontEnd(module="semipd_server.main", extra=settings.to_extra())
     return _serve(config, front_end)
 
 
@@ -114,10 +117,11 @@ def _announce(
     """Says where and how to send a first request, whatever the log level."""
     tokens = (layout.num_pages - 1) * layout.page_size
     most = tokens / layout.max_model_len
+    http = f"\nOpenAI API: {launcher.http_address}/v1" if launcher.http_address else ""
     print(
         f"KV cache: {tokens:,} tokens; room for {most:.1f} requests of {layout.max_model_len:,}\n"
         f"{config.model.name} is served at {launcher.address} after {seconds:.1f} s; try:\n"
-        f'  python -m semipd_server.client --target {launcher.address} "def main():"',
+        f'  python -m semipd_server.client --target {launcher.address} "def main():"{http}',
         file=sys.stderr,
         flush=True,
     )
@@ -143,13 +147,12 @@ class _ProgressLog:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m semipd_jax.serve",
-        description="Serve a model over gRPC; prefill and decode share one copy of everything.",
+        description="Serve a model; prefill and decode share one copy of everything.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version("semipd-jax"))
     parser.add_argument("--model", default=str(MODEL_DIR), help="model directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=50051, help="port; 0 takes a free one")
+    add_flags(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     groups = {section: parser.add_argument_group(title) for section, title in _GROUPS.items()}
     for option in options.OPTIONS:
@@ -167,7 +170,7 @@ def _argument(option: Option) -> dict[str, Any]:
     if options.value_type(option) is bool:
         return {"action": argparse.BooleanOptionalAction, "default": shown, "help": option.help}
     return {
-        "type": options.value_type(option),
+        "type": options.parse(option),
         "choices": options.choices(option),
         "default": shown,
         "help": option.help,

@@ -34,7 +34,7 @@ def main(child: Child) -> None:
     )
     worker_id = spec.extra["worker_id"]
     link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
-    link.send(WorkerReady(worker_id, spec.phase, 1.0))
+    link.send(WorkerReady(worker_id, spec.phase, spec.share or 1.0))
     child.ready()
     while not child.stopping.is_set():
         step = link.receive(0.1)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
 
@@ -33,6 +33,8 @@ from semipd_jax.messages import (
     MemoryLayout,
     Outputs,
     Refused,
+    SetShares,
+    Shares,
     Stats,
     Submit,
     ToCoordinator,
@@ -90,7 +92,7 @@ class EngineClient:
         self._numbers = itertools.count(1)  # of requests and queries on the link
         self._streams: dict[int, Stream] = {}
         self._handles: dict[str, int] = {}
-        self._queries: dict[int, asyncio.Future[Stats]] = {}
+        self._queries: dict[int, asyncio.Future[Any]] = {}
         self._link: AsyncLink[FromCoordinator, ToCoordinator] | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._lost: EngineError | None = None
@@ -185,11 +187,32 @@ class EngineClient:
 
     async def stats(self, *, timeout_s: float = _STATS_TIMEOUT_S) -> Stats:
         """Raises UnavailableError if the coordinator does not answer in time."""
+        return await self._ask(GetStats, timeout_s)
+
+    async def shares(self, *, prefill: float | None = None, decode: float | None = None) -> Shares:
+        """The phases' compute shares, after a change to those given.
+
+        A share on the ladder holds from the phase's next step on. Another one does so once a worker
+        is ready; until then the phase runs at the closest share that has one.
+
+        Raises:
+          InvalidRequestError: a share is not above 0 and at most 1.
+        """
+        for name, share in (("prefill", prefill), ("decode", decode)):
+            if share is not None and not 0.0 < share <= 1.0:
+                text = f"{name} share is {share}; allowed: above 0 and at most 1"
+                raise InvalidRequestError(text, field=name)
+        return await self._ask(
+            lambda query_id: SetShares(query_id, prefill, decode), _STATS_TIMEOUT_S
+        )
+
+    async def _ask(self, query_of: Callable[[int], GetStats | SetShares], timeout_s: float) -> Any:
+        """The coordinator's answer to a query, made from its number."""
         link = self._connected()
         query_id = next(self._numbers)
         query = self._queries[query_id] = asyncio.get_running_loop().create_future()
         try:
-            link.send(GetStats(query_id))
+            link.send(query_of(query_id))
             return await asyncio.wait_for(query, timeout_s)
         except (TimeoutError, BlockingIOError) as error:
             raise UnavailableError("the coordinator does not answer") from error
@@ -299,7 +322,7 @@ class EngineClient:
                     error = OverloadedError(text)
                     stream.refused(error)
                     self.observations.refusal(error)
-            case Stats(query_id=query_id):
+            case Stats(query_id=query_id) | Shares(query_id=query_id):
                 query = self._queries.pop(query_id, None)
                 if query is not None and not query.done():
                     query.set_result(message)

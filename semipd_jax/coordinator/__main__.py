@@ -4,11 +4,12 @@ from typing import Final
 
 from semipd_jax.child import Child, run_child
 from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import (
     FromCoordinator,
     FromWorker,
-    Stalled,
+    ShareUnavailable,
     ToCoordinator,
     ToWorker,
     WorkerLost,
@@ -43,8 +44,9 @@ def main(child: Child) -> None:
         Scheduler(limits),
         workers,
         clients,
+        ShareControl(spec.config.shares),
         step_timeout_s=spec.config.timeouts.step_s,
-        on_stalled=lambda worker_id: child.send(Stalled(worker_id=worker_id)),
+        tell_launcher=child.send,
     )
     poller = Poller()
     for source in (workers, clients, child.fileno()):
@@ -53,8 +55,13 @@ def main(child: Child) -> None:
     while not child.stopping.is_set():
         poller.wait(_TICK_S)
         for command in child.receive():
-            if isinstance(command, WorkerLost):
-                coordinator.worker_lost(command.worker_id)
+            match command:
+                case WorkerLost(worker_id=worker_id):
+                    coordinator.worker_lost(worker_id)
+                case ShareUnavailable(phase=phase, share=share):
+                    coordinator.share_unavailable(phase, share)
+                case _:
+                    pass
         for _, message in workers.receive():
             coordinator.from_worker(message)
         for client, message in clients.receive():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
 from semipd_jax.coordinator.outbox import outputs
+from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.coordinator.workers import PhaseWorkers
 from semipd_jax.messages import (
     Abort,
@@ -21,18 +22,26 @@ from semipd_jax.messages import (
     FromWorker,
     GetStats,
     Phase,
+    PhaseShares,
     PrefillStep,
     Refused,
+    RetireWorker,
+    SetShares,
+    Shares,
+    Stalled,
+    StartWorker,
     Stats,
     StepDone,
     Submit,
     ToCoordinator,
+    ToLauncher,
     ToWorker,
     WorkerReady,
 )
 from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
 
 DEPTH: Final = 2
+_OTHER: Final[dict[Phase, Phase]] = {"prefill": "decode", "decode": "prefill"}
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +71,9 @@ class Coordinator:
     """Takes messages, returns nothing, sends what follows from them.
 
     Args:
-      on_stalled: called with the id of a worker that holds a step for longer than `step_timeout_s`.
+      shares: at which share each phase should run.
+      tell_launcher: told of a worker that holds a step for longer than `step_timeout_s`, and which
+        workers beside those of the ladder are wanted.
       clock: seconds; one clock for everything in this process.
     """
 
@@ -71,21 +82,20 @@ class Coordinator:
         scheduler: Scheduler,
         workers: Sender[ToWorker],
         clients: Sender[FromCoordinator],
+        shares: ShareControl,
         *,
         step_timeout_s: float,
-        on_stalled: Callable[[str], None],
+        tell_launcher: Callable[[ToLauncher], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._workers = workers
         self._clients = clients
+        self._shares = shares
         self._step_timeout_s = step_timeout_s
-        self._on_stalled = on_stalled
+        self._tell_launcher = tell_launcher
         self._clock = clock
-        self._phases: dict[Phase, PhaseWorkers] = {
-            "prefill": PhaseWorkers("prefill"),
-            "decode": PhaseWorkers("decode"),
-        }
+        self._phases: dict[Phase, PhaseWorkers] = {phase: PhaseWorkers(phase) for phase in _OTHER}
         self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self._num_restarts = 0
         self._num_compiles: dict[str, int] = {}
@@ -114,37 +124,50 @@ class Coordinator:
                 self._send_steps("prefill")  # a row and pages may have come free
             case GetStats(query_id=query_id):
                 self._to_client(client, self._stats(query_id))
+            case SetShares(query_id=query_id, prefill=prefill, decode=decode):
+                if prefill is not None:
+                    self._ask_for("prefill", prefill)
+                if decode is not None:
+                    self._ask_for("decode", decode)
+                self._to_client(client, self._share_report(query_id))
 
     def worker_lost(self, worker_id: str) -> None:
         """The process is gone for good, and a replacement is being started."""
         self._num_restarts += 1
         for workers in self._phases.values():
-            if workers.worker_id == worker_id:
-                self._take_back_steps(workers)
+            if worker_id in workers.shares:
+                self._remove(workers, worker_id)
+
+    def share_unavailable(self, phase: Phase, share: float) -> None:
+        """No worker could be started at this share: the phase stays at the one it has."""
+        if self._shares.asked[phase] == share:
+            self._shares.asked[phase] = self._phases[phase].share or max(self._shares.rungs[phase])
+            _log.warning("%s stays at share %.2f", phase, self._shares.asked[phase])
 
     def watch(self) -> None:
         """Reports workers that hold a step for too long. Call it every now and then."""
         now = self._clock()
         for workers in self._phases.values():
             since = workers.running_since_s
-            if workers.worker_id and since is not None and now - since > self._step_timeout_s:
+            if workers.holder and since is not None and now - since > self._step_timeout_s:
                 workers.running_since_s = now  # once per timeout
-                self._on_stalled(workers.worker_id)
+                self._tell_launcher(Stalled(worker_id=workers.holder))
 
     # ------------------------------------------------------------ update
 
     def _worker_ready(self, message: WorkerReady) -> None:
         workers = self._phases[message.phase]
-        if workers.worker_id is not None:
-            self._take_back_steps(workers)
-        workers.worker_id = message.worker_id
+        if (replaced := workers.at(message.share)) is not None:
+            self._remove(workers, replaced)
+        workers.shares[message.worker_id] = message.share
         _log.info("%s is ready", message.worker_id)
         self._send_steps(message.phase)
+        self._retire_spare(workers)
 
     def _step_done(self, reply: StepDone) -> None:
         started = time.perf_counter()
         now = self._clock()
-        phase = next((p for p in self._phases.values() if p.worker_id == reply.worker_id), None)
+        phase = next((p for p in self._phases.values() if p.holder == reply.worker_id), None)
         if phase is None or not phase.answered(reply.worker_id, reply.step_id, now):
             return  # from a worker that was given up meanwhile
         self._num_steps[phase.phase] += 1
@@ -152,28 +175,61 @@ class Coordinator:
         result = self._scheduler.step_done(reply, now_s=now)
         self._send_steps(phase.phase)
         self._deliver(result)
+        self._retire_spare(phase)
         self._times.add(time.perf_counter() - started)
 
-    def _take_back_steps(self, workers: PhaseWorkers) -> None:
-        lost, ids = workers.worker_id, workers.lose()
-        _log.warning("%s was lost with %d steps in flight", lost, len(ids))
-        self._deliver(self._scheduler.worker_lost(ids, now_s=self._clock()))
+    def _remove(self, workers: PhaseWorkers, worker_id: str) -> None:
+        """Takes back the steps of a worker that was lost."""
+        step_ids = workers.remove(worker_id)
+        _log.warning("%s was lost with %d steps in flight", worker_id, len(step_ids))
+        if step_ids:
+            self._deliver(self._scheduler.worker_lost(step_ids, now_s=self._clock()))
         self._send_steps(workers.phase)
+
+    # ------------------------------------------------------------ shares
+
+    def _ask_for(self, phase: Phase, share: float) -> None:
+        workers = self._phases[phase]
+        self._shares.asked[phase] = share
+        if workers.at(share) is None and share not in self._shares.rungs[phase]:
+            self._tell_launcher(StartWorker(phase=phase, share=share))
+        self._send_steps(phase)
+        self._retire_spare(workers)
+
+    def _retire_spare(self, workers: PhaseWorkers) -> None:
+        """Lets go of workers beside the ladder that are no longer asked for."""
+        kept = self._shares.rungs[workers.phase] | {self._shares.asked[workers.phase]}
+        for worker_id in workers.spare(kept):
+            workers.remove(worker_id)
+            self._tell_launcher(RetireWorker(worker_id=worker_id))
+
+    def _share_report(self, query_id: int) -> Shares:
+        def of(phase: Phase) -> PhaseShares:
+            workers = self._phases[phase]
+            return PhaseShares(
+                asked=self._shares.asked[phase],
+                current=workers.share,
+                warm=tuple(sorted(workers.shares.values())),
+                num_switches=workers.num_switches,
+            )
+
+        return Shares(query_id, of("prefill"), of("decode"))
 
     # ------------------------------------------------------------ plan and send
 
     def _send_steps(self, changed: Phase) -> None:
         """Fills both phases' queues, the one that something just happened to first."""
-        for phase in sorted(self._phases, key=lambda p: p != changed):
-            workers = self._phases[phase]
-            while workers.worker_id is not None and len(workers.step_ids) < DEPTH:
+        for phase in (changed, _OTHER[changed]):
+            workers, other = self._phases[phase], self._phases[_OTHER[phase]]
+            workers.wanted = self._shares.wanted(phase, is_alone=not other.step_ids)
+            while (worker_id := workers.next_worker(DEPTH)) is not None:
                 planned = self._plan(phase)
                 if planned is None:
                     break
-                workers.sent(planned.step.step_id, self._clock())
-                if not self._workers.send(workers.worker_id, planned.step):
+                workers.sent(worker_id, planned.step.step_id, self._clock())
+                if not self._workers.send(worker_id, planned.step):
                     # It is about to be reported lost, and the step is taken back then.
-                    _log.warning("%s cannot be reached", workers.worker_id)
+                    _log.warning("%s cannot be reached", worker_id)
                 self._announce(planned)
 
     def _plan(self, phase: Phase) -> Sent[PrefillStep] | Sent[DecodeStep] | None:

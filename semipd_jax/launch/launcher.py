@@ -7,6 +7,7 @@ be rebuilt, and an orderly end is better than half a service.
 """
 
 import contextlib
+import itertools
 import logging
 import queue
 import shutil
@@ -33,8 +34,12 @@ from semipd_jax.messages import (
     Phase,
     Progress,
     Ready,
+    RetireWorker,
     Serve,
+    ShareUnavailable,
     Stalled,
+    StartWorker,
+    WaitingFor,
     WorkerLost,
 )
 from semipd_jax.shares import backend as shares
@@ -72,18 +77,23 @@ class _WorkerSlot:
     """One worker as the engine sees it; the process behind it may be replaced.
 
     Attributes:
+      is_extra: it was asked for while the engine runs, and may be given up.
       down_since_s: when a worker that was ready died; None while one is ready, and at the start.
       num_failed_starts: replacements in a row that ended themselves before they were ready.
     """
 
     phase: Phase
     share: float
+    is_extra: bool = False
     process: Process | None = None
     worker_id: str = ""
     is_ready: bool = False
     down_since_s: float | None = None
-    num_starts: int = 0
     num_failed_starts: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase} worker {self.share:.2f}"
 
 
 class Launcher:
@@ -114,7 +124,9 @@ class Launcher:
         self._on_progress = on_progress
         self._events: Events = queue.SimpleQueue()
         self._processes: list[Process] = []
-        self._slots = [_WorkerSlot(phase, getattr(config.shares, phase)) for phase in _PHASES]
+        self._slots = [
+            _WorkerSlot(phase, share) for phase in _PHASES for share in config.shares.rungs(phase)
+        ]
         self._front_end: Process | None = None
         self._owner: Process | None = None
         self._coordinator: Process | None = None
@@ -122,6 +134,8 @@ class Launcher:
         self._last_words: dict[Process, Failed] = {}
         self._device = Chosen("cpu")
         self._share_terms: shares.Terms = {}
+        self._retired: list[Process] = []
+        self._worker_numbers = itertools.count(1)
         self._layout: MemoryLayout | None = None
         self._started = threading.Event()
         self._stopping = False
@@ -129,7 +143,10 @@ class Launcher:
         self.error: EngineError | None = None
         self.finished = threading.Event()
         self.address: str | None = None
+        self.http_address: str | None = None
         self.run_dir = ""
+        self._progress: dict[str, str] = {}  # of what is not ready, by name
+        self._told: tuple[str, ...] = ()
 
     # ------------------------------------------------------------ for the caller
 
@@ -214,11 +231,13 @@ class Launcher:
             event = None
         if event is not None:
             self._handle(*event)
+            self._tell_front_end()
         self._check_outages()
 
     def _handle(self, process: Process, message: FromChild | Exited) -> None:
         match message:
-            case Progress():
+            case Progress(stage=stage, done=done, total=total):
+                self._progress[process.name] = f"{stage} {done}/{total}"
                 self._on_progress(process.name, message)
             case Ready():
                 self._ready(process, message)
@@ -226,6 +245,10 @@ class Launcher:
                 self._last_words[process] = message
             case Stalled(worker_id=worker_id):
                 self._replace_stalled(worker_id)
+            case StartWorker(phase=phase, share=share):
+                self._add_worker(phase, share)
+            case RetireWorker(worker_id=worker_id):
+                self._retire_worker(worker_id)
             case Exited(status=status):
                 self._exited(process, status)
 
@@ -233,19 +256,20 @@ class Launcher:
         if self._stopping:
             return
         if process is self._front_end:
-            self.address = message.address
+            self.address, self.http_address = message.address, message.http_address
         elif process is self._owner:
             self._layout = message.layout
             spec = self._spec("coordinator")
             self._coordinator = self._spawn(self._modules.coordinator, spec)
-            for slot in self._slots:
-                self._start_worker(slot)
+            for phase in _PHASES:
+                self._start_next(phase)
         elif process is self._coordinator:
             self._coordinator_ready = True
         elif (slot := self._slot_of(process)) is not None:
             slot.is_ready = True
             slot.down_since_s = None
             slot.num_failed_starts = 0
+            self._start_next(slot.phase)
         if not self._started.is_set() and not self._not_ready():
             assert self._layout is not None
             if self._front_end is not None:
@@ -257,14 +281,26 @@ class Launcher:
             ("front end", self._front_end_spec is None or self.address is not None),
             ("memory owner", self._layout is not None),
             ("coordinator", self._coordinator_ready),
-            *((f"{slot.phase} worker {slot.share:.2f}", slot.is_ready) for slot in self._slots),
+            *((slot.name, self._is_served(slot)) for slot in self._slots),
         ]
         return [name for name, is_ready in waits if not is_ready]
+
+    def _tell_front_end(self) -> None:
+        """Which parts it waits for, whenever that changes."""
+        if self._front_end is None or self._stopping:
+            return
+        parts = tuple(f"{n}: {self._progress.get(n, 'not ready')}" for n in self._not_ready())
+        if parts != self._told:
+            self._told = parts
+            self._front_end.send(WaitingFor(parts=parts))
 
     def _exited(self, process: Process, status: int) -> None:
         self._processes.remove(process)
         words = self._last_words.pop(process, None)
         if self._stopping or (self._draining and process is self._front_end):
+            return
+        if process in self._retired:
+            self._retired.remove(process)
             return
         slot = self._slot_of(process)
         if slot is None or not self._started.is_set():
@@ -275,11 +311,11 @@ class Launcher:
     # ------------------------------------------------------------ workers
 
     def _start_worker(self, slot: _WorkerSlot) -> None:
-        slot.num_starts += 1
-        slot.worker_id = f"{slot.phase}-{slot.share:.2f}-{slot.num_starts}"
+        self._progress.pop(slot.name, None)
+        slot.worker_id = f"{slot.phase}-{slot.share:.2f}-{next(self._worker_numbers)}"
         slot.is_ready = False
         spec = self._spec(
-            f"{slot.phase} worker {slot.share:.2f}",
+            slot.name,
             phase=slot.phase,
             share=slot.share,
             extra={"worker_id": slot.worker_id, **self._share_terms},
@@ -287,9 +323,13 @@ class Launcher:
         slot.process = self._spawn(self._modules.worker, spec)
 
     def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
-        _log.warning("%s", _failure(f"{slot.phase} worker {slot.share:.2f}", status, words))
+        failure = _failure(slot.name, status, words)
+        _log.warning("%s", failure)
         if slot.is_ready:
             slot.down_since_s = time.monotonic()
+        elif slot.is_extra and slot.down_since_s is None:
+            self._give_up(slot)
+            return
         elif status >= 0:
             slot.num_failed_starts += 1
         if slot.num_failed_starts >= MAX_FAILED_STARTS:
@@ -309,7 +349,12 @@ class Launcher:
         """Ends the engine if a phase has been without a worker for longer than a start may take."""
         limit_s = self._config.timeouts.startup_s
         for slot in self._slots:
-            if slot.down_since_s is not None and time.monotonic() - slot.down_since_s > limit_s:
+            since = slot.down_since_s
+            if (
+                since is not None
+                and time.monotonic() - since > limit_s
+                and not self._is_served(slot)
+            ):
                 self._end(
                     EngineError(
                         f"no {slot.phase} worker became ready in {limit_s:.0f} s (startup_s)"
@@ -321,6 +366,38 @@ class Launcher:
             if slot.worker_id == worker_id and slot.process is not None:
                 _log.warning("%s holds a step for too long and is replaced", worker_id)
                 self._kill(slot.process)
+
+    def _is_served(self, slot: _WorkerSlot) -> bool:
+        """Whether the worker is ready or, once the engine runs, another one of its phase is."""
+        others = self._slots if self._started.is_set() else ()
+        return slot.is_ready or any(s.is_ready for s in others if s.phase == slot.phase)
+
+    def _start_next(self, phase: Phase) -> None:
+        """Starts the phase's next worker that was never started: one after another, so that what
+        one compiles is there for the next."""
+        waiting = [slot for slot in self._slots if slot.phase == phase and slot.process is None]
+        if waiting:
+            self._start_worker(waiting[-1])
+
+    def _add_worker(self, phase: Phase, share: float) -> None:
+        if not any((slot.phase, slot.share) == (phase, share) for slot in self._slots):
+            slot = _WorkerSlot(phase, share, is_extra=True)
+            self._slots.append(slot)
+            self._start_worker(slot)
+
+    def _give_up(self, slot: _WorkerSlot) -> None:
+        """A worker that was asked for cannot start: what runs goes on."""
+        assert self._coordinator is not None
+        self._slots.remove(slot)
+        self._coordinator.send(ShareUnavailable(phase=slot.phase, share=slot.share))
+
+    def _retire_worker(self, worker_id: str) -> None:
+        for slot in self._slots:
+            if slot.worker_id == worker_id and slot.process is not None:
+                self._slots.remove(slot)
+                self._retired.append(slot.process)
+                slot.process.ask_to_stop()
+                return
 
     def _slot_of(self, process: Process) -> _WorkerSlot | None:
         return next((slot for slot in self._slots if slot.process is process), None)

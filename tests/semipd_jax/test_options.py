@@ -27,6 +27,11 @@ def test_defaults_are_the_configuration_s():
         ("block_size", 24, "16, 32, 64, 128"),
         ("decode_share", 0.0, "above 0"),
         ("prefill_share", 1.5, "at most 1"),
+        ("share_ladder", (0.5, 1.5), "at most 1"),
+        ("decode_share_ladder", (0.0,), "above 0"),
+        ("share_ladder", (0.5,) * 9, "at most 8"),
+        ("share_ladder", 0.5, "tuple of numbers"),
+        ("share_ladder", ("0.5",), "tuple of numbers"),
         ("max_num_seqs", 0, "1 to 4096"),
         ("max_num_seqs", "8", "type int"),
         ("max_num_seqs", True, "type int"),
@@ -44,7 +49,8 @@ def test_defaults_are_the_configuration_s():
 def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
     with pytest.raises(ConfigError, match=allowed) as refusal:
         options.build_config("m", **{name: value})
-    assert repr(value) in str(refusal.value) or repr(name) in str(refusal.value)
+    shown = (value, *value) if isinstance(value, tuple) else (value, name)
+    assert any(repr(v) in str(refusal.value) for v in shown)
 
 
 def test_words_and_types_come_from_the_configuration():
@@ -54,3 +60,13 @@ def test_words_and_types_come_from_the_configuration():
     assert options.value_type(by_name["decode_share"]) is float
     assert options.value_type(by_name["tokenizer"]) is str
     assert options.value_type(by_name["enable_prefix_caching"]) is bool
+    assert options.parse(by_name["share_ladder"])("0.6,1") == (0.6, 1.0)
+    with pytest.raises(ValueError, match="could not convert"):
+        options.parse(by_name["share_ladder"])("0.6;1")
+
+
+def test_rungs_are_a_phase_s_ladder_and_its_share():
+    shares = options.build_config("m", decode_share=0.7, share_ladder=(0.5, 1.0)).shares
+    assert (shares.rungs("prefill"), shares.rungs("decode")) == ((0.5, 1.0), (0.5, 0.7, 1.0))
+    shares = options.build_config("m", share_ladder=(0.5,), decode_share_ladder=()).shares
+    assert (shares.rungs("prefill"), shares.rungs("decode")) == ((0.5, 1.0), (1.0,))

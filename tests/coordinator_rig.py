@@ -1,0 +1,118 @@
+"""The coordinator between a client and workers of plain Python."""
+
+from collections import deque
+
+import msgspec
+import numpy as np
+from fake_device import FakeDevice, next_token
+
+from semipd_jax.config import ShareConfig
+from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.coordinator.shares import ShareControl
+from semipd_jax.messages import (
+    Done,
+    Outputs,
+    StepDone,
+    Submit,
+    ToLauncher,
+    WorkerReady,
+)
+from semipd_jax.request import Request, SamplingParams
+from semipd_jax.scheduler.scheduler import Scheduler
+from semipd_jax.scheduler.state import Limits
+
+LIMITS = Limits(
+    page_size=4,
+    num_pages=40,
+    num_rows=9,
+    max_model_len=32,
+    max_num_batched_tokens=16,
+    max_num_queued_reqs=4,
+)
+
+
+NO_LADDER = ShareConfig()
+
+
+class Sent:
+    """A channel's end that keeps what is sent, per peer. Everything goes through MessagePack."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, deque] = {}
+        self.unreachable: set[str] = set()
+
+    def send(self, peer: str, message) -> bool:
+        if peer in self.unreachable:
+            return False
+        payload = msgspec.msgpack.encode(message)
+        self.messages.setdefault(peer, deque()).append(
+            msgspec.msgpack.decode(payload, type=type(message))
+        )
+        return True
+
+
+class Engine:
+    def __init__(self, shares: ShareConfig = NO_LADDER) -> None:
+        self.now = 0.0
+        self.asked: list[ToLauncher] = []
+        self.workers, self.clients = Sent(), Sent()
+        self.device = FakeDevice(num_pages=40, page_size=4, num_rows=9, length=33)
+        self.scheduler = Scheduler(LIMITS)
+        self.coordinator = Coordinator(
+            self.scheduler,
+            self.workers,
+            self.clients,
+            ShareControl(shares),
+            step_timeout_s=10.0,
+            tell_launcher=self.asked.append,
+            clock=lambda: self.now,
+        )
+
+    def start_workers(self, generation: int = 1) -> None:
+        for phase in ("prefill", "decode"):
+            self.coordinator.from_worker(WorkerReady(f"{phase}-{generation}", phase, 1.0))
+
+    def submit(self, handle: int, *, prompt_len: int = 6, max_tokens: int = 8, client: str = "c"):
+        request = Request(
+            request_id=str(handle),
+            prompt_token_ids=tuple((handle + i) % 50 for i in range(prompt_len)),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=handle, logprobs=None),
+        )
+        self.coordinator.from_client(client, Submit(handle, request))
+        return request
+
+    def queue(self, worker: str) -> deque:
+        return self.workers.messages.setdefault(worker, deque())
+
+    def answer(self, worker: str) -> StepDone:
+        reply = self.device.run(self.queue(worker).popleft(), worker)
+        self.coordinator.from_worker(reply)
+        return reply
+
+    def run(self, generation: int = 1) -> None:
+        names = [f"prefill-{generation}", f"decode-{generation}"]
+        while any(self.queue(name) for name in names):
+            for name in names:
+                if self.queue(name):
+                    self.answer(name)
+            self.scheduler.state.check()
+
+    def received(self, client: str = "c") -> tuple[dict[int, list[int]], dict[int, Done]]:
+        tokens: dict[int, list[int]] = {}
+        done: dict[int, Done] = {}
+        for message in self.clients.messages.get(client, ()):
+            if isinstance(message, Outputs):
+                handles = np.frombuffer(message.handles, np.int64).tolist()
+                for handle, token in zip(
+                    handles, np.frombuffer(message.token_ids, np.int32).tolist(), strict=True
+                ):
+                    tokens.setdefault(handle, []).append(token)
+                done |= {d.handle: d for d in message.done}
+        return tokens, done
+
+
+def expected(request: Request) -> list[int]:
+    output: list[int] = []
+    while len(output) < request.sampling.max_tokens:
+        output.append(next_token([*request.prompt_token_ids, *output], request.sampling.seed))
+    return output
