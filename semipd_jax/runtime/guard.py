@@ -32,6 +32,7 @@ _UPDATE_OPERAND: Final = {"scatter": 2, "dynamic-update-slice": 1}
 _DTYPES: Final = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "s32"}
 _INSTRUCTION: Final = re.compile(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)")
 _SHAPE: Final = re.compile(r"(\w+)\[([\d,]*)\]")
+_ALIASED_RESULT: Final = re.compile(r"\{(\d*)\}: \(")
 _OPERAND: Final = re.compile(r"%([\w.-]+)")
 
 
@@ -78,24 +79,35 @@ def check_instructions(text: str, most_written: dict[_Shape, int]) -> None:
     most_written = most_written | _other_views(instructions, most_written, shapes)
     for instruction in instructions:
         for shape in most_written.keys() & set(instruction.shapes):
-            if not _is_allowed(instruction, shapes, most_written[shape]):
+            if not _is_allowed(instruction, shape, shapes, most_written[shape]):
                 raise SharingError(
                     f"the program rewrites a shared array: {instruction.text.strip()[:200]}"
                 )
 
 
 def _is_allowed(
-    instruction: _Instruction, shapes: dict[str, tuple[_Shape, ...]], most_written: int
+    instruction: _Instruction,
+    shape: _Shape,
+    shapes: dict[str, tuple[_Shape, ...]],
+    most_written: int,
 ) -> bool:
+    """Whether an instruction with a result of the shared `shape` may be in the program."""
     if instruction.opcode in _PASSED_ALONG:
         return True
     if instruction.opcode == "custom-call":
-        return "output_to_operand_aliasing" in instruction.operands
+        return _is_aliased(instruction, shape)
     if instruction.opcode not in _UPDATE_OPERAND:
         return False
     operands = _OPERAND.findall(instruction.operands)
     updates = shapes[operands[_UPDATE_OPERAND[instruction.opcode]]]
     return all(_num_elements(dims) <= most_written for _, dims in updates)
+
+
+def _is_aliased(kernel: _Instruction, shape: _Shape) -> bool:
+    """Every result of that shape is an operand. What the kernel writes there cannot be seen."""
+    aliasing = kernel.operands.partition("output_to_operand_aliasing=")[2].partition(")}")[0]
+    aliased = {int(index or 0) for index in _ALIASED_RESULT.findall(aliasing)}
+    return aliased.issuperset(i for i, result in enumerate(kernel.shapes) if result == shape)
 
 
 def _other_views(

@@ -4,7 +4,7 @@ import pytest
 from jax import lax
 from step_cases import abstract_state, tiny_layout, tiny_spec
 
-from semipd_jax.runtime.guard import check_in_place
+from semipd_jax.runtime.guard import check_in_place, check_instructions
 from semipd_jax.runtime.state import SharedState
 from semipd_jax.storage.manifest import SharingError
 
@@ -106,3 +106,41 @@ def test_programs_that_copy_or_rewrite_are_refused(update):
 def test_programs_that_do_not_donate_are_refused():
     with pytest.raises(SharingError, match=r"only 0 of .* shared bytes"):
         check_in_place(compiled(in_place, donate=False), abstract_state(SPEC, LAYOUT), NUM_TOKENS)
+
+
+PAGES = "f32[40,2,16,8]{3,2,1,0}"
+
+
+def kernel(results, aliasing):
+    """A GPU kernel in an optimised program, as XLA prints it."""
+    return (
+        f"  %w.1 = {results} custom-call(%k.1, %v.1, %new.2), "
+        f'custom_call_target="mosaic_gpu_v2", {aliasing}api_version=API_VERSION_TYPED_FFI, '
+        "backend_config={grid_x = 4 : i32}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("results", "aliasing"),
+    [
+        (PAGES, "output_to_operand_aliasing={{}: (0, {})}, "),
+        (f"({PAGES}, {PAGES})", "output_to_operand_aliasing={{0}: (0, {}), {1}: (1, {})}, "),
+        (f"(f32[4]{{0}}, {PAGES})", "output_to_operand_aliasing={{1}: (1, {})}, "),
+        ("f32[4,2,8]{2,1,0}", ""),
+    ],
+)
+def test_kernels_that_write_into_their_operands_pass(results, aliasing):
+    check_instructions(kernel(results, aliasing), {("f32", "40,2,16,8"): 64})
+
+
+@pytest.mark.parametrize(
+    ("results", "aliasing"),
+    [
+        (PAGES, ""),
+        (f"({PAGES}, {PAGES})", "output_to_operand_aliasing={{0}: (0, {})}, "),
+        (f"({PAGES}, f32[4]{{0}})", "output_to_operand_aliasing={{1}: (2, {})}, "),
+    ],
+)
+def test_kernels_with_a_result_of_their_own_are_refused(results, aliasing):
+    with pytest.raises(SharingError, match="rewrites a shared array"):
+        check_instructions(kernel(results, aliasing), {("f32", "40,2,16,8"): 64})
