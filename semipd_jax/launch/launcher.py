@@ -323,27 +323,21 @@ class Launcher:
         slot.process = self._spawn(self._modules.worker, spec)
 
     def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
-        failure = _failure(slot.name, status, words)
-        _log.warning("%s", failure)
-        if slot.is_ready:
-            slot.down_since_s = time.monotonic()
-        elif slot.is_extra and slot.down_since_s is None:
-            self._give_up(slot)
-            return
-        elif status >= 0:
-            slot.num_failed_starts += 1
-        if slot.num_failed_starts >= MAX_FAILED_STARTS:
-            self._end(
-                _failure(
-                    f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker",
-                    status,
-                    words,
-                )
-            )
-            return
+        _log.warning("%s", _failure(slot.name, status, words))
         assert self._coordinator is not None
         self._coordinator.send(WorkerLost(worker_id=slot.worker_id))
-        self._start_worker(slot)
+        if slot.is_ready:
+            slot.down_since_s = time.monotonic()
+        elif status >= 0:
+            slot.num_failed_starts += 1
+        if slot.num_failed_starts and slot.is_extra:
+            self._slots.remove(slot)
+            self._coordinator.send(ShareUnavailable(phase=slot.phase, share=slot.share))
+        elif slot.num_failed_starts >= MAX_FAILED_STARTS:
+            name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker"
+            self._end(_failure(name, status, words))
+        else:
+            self._start_worker(slot)
 
     def _check_outages(self) -> None:
         """Ends the engine if a phase has been without a worker for longer than a start may take."""
@@ -384,12 +378,6 @@ class Launcher:
             slot = _WorkerSlot(phase, share, is_extra=True)
             self._slots.append(slot)
             self._start_worker(slot)
-
-    def _give_up(self, slot: _WorkerSlot) -> None:
-        """A worker that was asked for cannot start: what runs goes on."""
-        assert self._coordinator is not None
-        self._slots.remove(slot)
-        self._coordinator.send(ShareUnavailable(phase=slot.phase, share=slot.share))
 
     def _retire_worker(self, worker_id: str) -> None:
         for slot in self._slots:
