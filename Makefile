@@ -11,7 +11,7 @@ install: .venv/base            ## the engine and what it needs
 .venv/base: $(INPUTS)
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[openai]'
 	touch $@
 
 .venv/dev: .venv/base

@@ -34,6 +34,7 @@ from semipd_jax.launch.launcher import FrontEnd, Launcher, Modules
 from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
 from semipd_jax.transport.channels import CLIENTS, Link
 from semipd_server.client import AsyncClient
+from semipd_server.settings import Settings
 
 _STEP_ROWS: Final = (64, 256)
 _STEPS: Final = 1000
@@ -122,7 +123,7 @@ def _engine(num_streams: int) -> Iterator[Launcher]:
             max_num_seqs=num_streams,
             max_num_batched_tokens=8192,
         )
-        front_end = FrontEnd(module="semipd_server.main", extra={"host": "127.0.0.1", "port": "0"})
+        front_end = FrontEnd(module="semipd_server.main", extra=Settings(port=0).to_extra())
         modules = Modules(worker="benchmarks.fake_worker")
         launcher = Launcher(config, front_end=front_end, modules=modules)
         launcher.start()

@@ -72,7 +72,8 @@ def running_server(
     """`python -m semipd_jax.serve` on a free port: yields its address and what it serves."""
     target = f"127.0.0.1:{_free_port()}"
     command = [sys.executable, "-m", "semipd_jax.serve", "--model", model]
-    server = subprocess.Popen([*command, "--port", target.rpartition(":")[2], *flags])
+    ports = ["--port", target.rpartition(":")[2], "--http-port", "0"]
+    server = subprocess.Popen([*command, *ports, *flags])
     try:
         yield target, wait_until_ready(target, timeout_s=timeout_s, server=server)
     finally:

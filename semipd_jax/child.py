@@ -35,10 +35,11 @@ from semipd_jax.messages import (
     Ready,
     Serve,
     ToChild,
+    WaitingFor,
     WorkerLost,
 )
 
-type Command = WorkerLost | Serve | Drain
+type Command = WorkerLost | Serve | WaitingFor | Drain
 """What a running child is told."""
 
 GRACE_S: Final = 10.0
@@ -86,8 +87,14 @@ class Child:
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self.send(Progress(stage=stage, done=done, total=total, detail=detail))
 
-    def ready(self, *, layout: MemoryLayout | None = None, address: str | None = None) -> None:
-        self.send(Ready(layout=layout, address=address))
+    def ready(
+        self,
+        *,
+        layout: MemoryLayout | None = None,
+        address: str | None = None,
+        http_address: str | None = None,
+    ) -> None:
+        self.send(Ready(layout=layout, address=address, http_address=http_address))
 
     def send(self, message: FromChild) -> None:
         """Reports to the launcher. Does nothing if it is gone: `stopping` says so."""

@@ -168,16 +168,7 @@ class GetStats(Message, frozen=True):
     query_id: int
 
 
-class SetShares(Message, frozen=True):
-    """Run the phases at these shares from their next steps on; None leaves one as it is. Answered
-    by `Shares` with the same `query_id`."""
-
-    query_id: int
-    prefill: float | None = None
-    decode: float | None = None
-
-
-type ToCoordinator = Submit | Abort | GetStats | SetShares
+type ToCoordinator = Submit | Abort | GetStats
 
 # ---------------------------------------------------------------- coordinator → client
 
@@ -240,26 +231,7 @@ class Stats(Message, frozen=True):
     prefix_cache_hits: int  # those of them whose KV was there
 
 
-class PhaseShares(Message, frozen=True):
-    """The compute of one phase.
-
-    `asked` holds while both phases have work; a phase alone runs at its largest share. `current` is
-    that of the last step; `warm` are those with a ready worker.
-    """
-
-    asked: float
-    current: float | None
-    warm: tuple[float, ...]
-    num_switches: int
-
-
-class Shares(Message, frozen=True):
-    query_id: int
-    prefill: PhaseShares
-    decode: PhaseShares
-
-
-type FromCoordinator = Refused | Admitted | Outputs | Stats | Shares
+type FromCoordinator = Refused | Admitted | Outputs | Stats
 
 # ---------------------------------------------------------------- launcher ⇄ children (JSON lines)
 
@@ -322,14 +294,7 @@ class Drain(Line, frozen=True):
     """To the front end: refuse new requests, finish the running ones, then exit."""
 
 
-class ShareUnavailable(Line, frozen=True):
-    """To the coordinator: no worker of this phase can be had at this share."""
-
-    phase: Phase
-    share: float
-
-
-type ToChild = ChildSpec | WorkerLost | Serve | WaitingFor | Drain | ShareUnavailable
+type ToChild = ChildSpec | WorkerLost | Serve | WaitingFor | Drain
 
 
 class Progress(Line, frozen=True):
@@ -354,19 +319,6 @@ class Stalled(Line, frozen=True):
     worker_id: str
 
 
-class StartWorker(Line, frozen=True):
-    """From the coordinator: a worker at a share that has none is wanted."""
-
-    phase: Phase
-    share: float
-
-
-class RetireWorker(Line, frozen=True):
-    """From the coordinator: this worker holds no step and will get none."""
-
-    worker_id: str
-
-
 class Failed(Line, frozen=True):
     """The child cannot go on. `kind` is the name of a class in `semipd_jax.errors`."""
 
@@ -374,7 +326,4 @@ class Failed(Line, frozen=True):
     message: str
 
 
-type ToLauncher = Stalled | StartWorker | RetireWorker
-"""What the coordinator asks of the launcher."""
-
-type FromChild = Progress | Ready | Failed | ToLauncher
+type FromChild = Progress | Ready | Stalled | Failed

@@ -15,20 +15,24 @@ from semipd_jax.client import EngineClient
 from semipd_jax.config import ModelConfig
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server.client import AsyncClient
+from semipd_server.front_end import FrontEnd
+from semipd_server.gate import Engine
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
-from semipd_server.server import Server
-from semipd_server.servicer import Engine
+from semipd_server.settings import Settings
 
 MAX_MODEL_LEN = 64
 EOS = 1
-INFO = pb.GetModelInfoResponse(name="tiny", architecture="LlamaForCausalLM", vocab_size=400)
+INFO = pb.GetModelInfoResponse(
+    name="tiny", architecture="LlamaForCausalLM", vocab_size=400, max_model_len=MAX_MODEL_LEN
+)
 
 
 @dataclass
 class Rig:
     address: str
-    server: Server
+    url: str
+    front_end: FrontEnd
     engine: EngineClient
     fake: FakeCoordinator
     channel: grpc.aio.Channel
@@ -60,26 +64,28 @@ async def serving(
     tokenizer: Tokenizer,
     *,
     defaults: dict[str, Any] | None = None,
-    max_rpcs: int = 1000,
+    max_calls: int = 1000,
+    settings: Settings | None = None,
     **fields: Any,
 ) -> AsyncIterator[Rig]:
     """`fields` are the fake coordinator's; the test makes its steps."""
     model = ModelConfig(path="tiny")
+    settings = settings or Settings(port=0, http_port=0)
     engine = EngineClient(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
-    server = Server(max_model_len=MAX_MODEL_LEN, max_rpcs=max_rpcs)
+    front_end = FrontEnd(settings, max_model_len=MAX_MODEL_LEN, max_calls=max_calls)
     with FakeCoordinator(run_dir, **fields) as fake:
         await engine.start()
-        address = await server.start("127.0.0.1", 0)
-        await server.serve(Engine(engine, INFO))
+        address, url = await front_end.start()
+        await front_end.serve(Engine(engine, INFO))
         try:
             async with (
                 grpc.aio.insecure_channel(address) as channel,
                 AsyncClient(address) as client,
             ):
-                yield Rig(address, server, engine, fake, channel, client)
+                yield Rig(address, url or "", front_end, engine, fake, channel, client)
         finally:
             await engine.close()
-            await server.stop()
+            await front_end.stop()
 
 
 def save_model(directory: Path) -> str:

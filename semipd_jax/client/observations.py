@@ -38,7 +38,7 @@ ERROR: Final = "error"
 
 
 class Histogram:
-    """Counts of values by `bounds`: `counts[i]` are above `bounds[i - 1]` and at most `bounds[i]`."""
+    """How many values lie above `bounds[i - 1]` and not above `bounds[i]`: `counts[i]`."""
 
     __slots__ = ("bounds", "counts", "sum")
 

@@ -9,14 +9,15 @@ from semipd_jax.client import EngineClient
 from semipd_jax.client.sampling import load_generation_defaults
 from semipd_jax.config import EngineConfig
 from semipd_jax.errors import EngineError, UnavailableError
-from semipd_jax.messages import Drain, MemoryLayout, Serve
+from semipd_jax.messages import Drain, MemoryLayout, Serve, WaitingFor
 from semipd_jax.models.registry import load_spec
 from semipd_jax.text.tokenizer import load_tokenizer
+from semipd_server.front_end import FrontEnd
+from semipd_server.gate import SHUTTING_DOWN, Engine
 from semipd_server.pb import inference_pb2 as pb
-from semipd_server.server import SHUTTING_DOWN, Server
-from semipd_server.servicer import Engine
+from semipd_server.settings import Settings
 
-_SPARE_RPCS: Final = 256  # beside those that generate: aborts, health checks and their like
+_SPARE_CALLS: Final = 256  # beside those that generate: aborts, health checks and their like
 
 
 def main(child: Child) -> None:
@@ -24,37 +25,40 @@ def main(child: Child) -> None:
 
 
 async def _run(child: Child) -> None:
-    """Binds the port at once, loads what text needs, then does what the launcher says."""
-    config, extra = child.spec.config, child.spec.extra
+    """Binds the ports at once, loads what text needs, then does what the launcher says."""
+    config = child.spec.config
     model = load_spec(config.model.path)
     limits = config.scheduler
-    server = Server(
+    front_end = FrontEnd(
+        Settings.from_extra(child.spec.extra),
         max_model_len=config.model.max_model_len or model.max_model_len,
-        max_rpcs=limits.max_num_seqs + limits.max_num_queued_reqs + _SPARE_RPCS,
+        max_calls=limits.max_num_seqs + limits.max_num_queued_reqs + _SPARE_CALLS,
     )
-    address = await server.start(extra["host"], int(extra["port"]))
     try:
+        address, http_address = await front_end.start()
         tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path)
         defaults = load_generation_defaults(config.model.path)
-        child.ready(address=address)
+        child.ready(address=address, http_address=http_address)
         commands = _commands(child)
-        layout = await _until_all_is_ready(commands)
+        layout = await _until_all_is_ready(commands, front_end)
         if layout is None:
             return
         client = EngineClient(child.spec.run_dir, layout, tokenizer, config.model, defaults)
         await client.start()
-        await server.serve(Engine(client, _info(config, model.architecture, layout)))
-        ended = asyncio.ensure_future(_until_the_end(commands, server, config.timeouts.shutdown_s))
+        await front_end.serve(Engine(client, _info(config, model.architecture, layout)))
+        ended = asyncio.ensure_future(
+            _until_the_end(commands, front_end, config.timeouts.shutdown_s)
+        )
         failed = asyncio.ensure_future(client.failed.wait())
         await asyncio.wait((ended, failed), return_when=asyncio.FIRST_COMPLETED)
         if client.failed.is_set():
             raise EngineError("the link to the coordinator failed")
         failed.cancel()
         client.connection_lost(UnavailableError(SHUTTING_DOWN))
-        await server.stop()
+        await front_end.stop()
         await client.close()
     finally:
-        await server.stop()
+        await front_end.stop()
 
 
 async def _commands(child: Child) -> AsyncIterator[Command]:
@@ -68,24 +72,31 @@ async def _commands(child: Child) -> AsyncIterator[Command]:
             yield command
 
 
-async def _until_all_is_ready(commands: AsyncIterator[Command]) -> MemoryLayout | None:
+async def _until_all_is_ready(
+    commands: AsyncIterator[Command], front_end: FrontEnd
+) -> MemoryLayout | None:
     """The layout to serve with, or None if the end came first."""
     async for command in commands:
-        if isinstance(command, Serve):
-            return command.layout
-        if isinstance(command, Drain):
-            return None
+        match command:
+            case Serve(layout=layout):
+                return layout
+            case WaitingFor(parts=parts):
+                await front_end.set_waiting_for(parts)
+            case Drain():
+                return None
     return None
 
 
 async def _until_the_end(
-    commands: AsyncIterator[Command], server: Server, shutdown_s: float
+    commands: AsyncIterator[Command], front_end: FrontEnd, shutdown_s: float
 ) -> None:
     """Returns when running requests have ended after a Drain, or at once when told to stop."""
     async for command in commands:
+        if isinstance(command, WaitingFor):
+            await front_end.set_waiting_for(command.parts)
         if isinstance(command, Drain):
             break
-    drained = asyncio.ensure_future(server.drain(shutdown_s))
+    drained = asyncio.ensure_future(front_end.drain(shutdown_s))
     stopped = asyncio.ensure_future(_until_stopped(commands))
     await asyncio.wait((drained, stopped), return_when=asyncio.FIRST_COMPLETED)
     drained.cancel()

@@ -1,7 +1,6 @@
 """The gRPC server: inference, health and reflection on one port."""
 
-import asyncio
-import contextlib
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -10,13 +9,14 @@ from grpc_reflection.v1alpha import reflection
 
 from semipd_jax.client.prompt import MAX_BYTES_PER_TOKEN
 from semipd_jax.errors import StartupError
+from semipd_server.auth import AuthInterceptor, Keys
+from semipd_server.gate import Gate
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
-from semipd_server.servicer import Engine, InferenceServicer
+from semipd_server.servicer import InferenceServicer
+from semipd_server.settings import Settings
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
-
-SHUTTING_DOWN: Final = "the server is shutting down"
 
 _SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
 _MESSAGE_OVERHEAD_BYTES: Final = 1 << 20
@@ -29,16 +29,19 @@ def max_message_bytes(max_model_len: int) -> int:
 
 
 class Server:
-    """Answers health checks from the start, and requests between `serve` and `drain`.
+    """Answers health checks from the start, and requests while the gate is open.
 
     Args:
       max_rpcs: calls at a time; more are refused with RESOURCE_EXHAUSTED.
     """
 
-    def __init__(self, *, max_model_len: int, max_rpcs: int) -> None:
-        self._servicer = InferenceServicer()
+    def __init__(
+        self, gate: Gate, settings: Settings, *, max_model_len: int, max_rpcs: int
+    ) -> None:
+        self._settings = settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
+            interceptors=[AuthInterceptor(Keys(settings.api_keys))],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes(max_model_len)),
                 ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
@@ -51,22 +54,22 @@ class Server:
             ],
             maximum_concurrent_rpcs=max_rpcs,
         )
-        pb_grpc.add_InferenceServiceServicer_to_server(self._servicer, self._server)
+        pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(gate), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
-    async def start(self, host: str, port: int) -> str:
-        """Binds and returns the address, with the port that was taken if `port` is 0.
+    async def start(self) -> str:
+        """Binds and returns the address, with the port that was taken if the port is 0.
 
         Raises:
           StartupError: the address cannot be bound.
         """
-        for service in _SERVICES:
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.set_serving(False)
+        host, port = self._settings.host, self._settings.port
         host = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._bind(f"{host}:{port}")
         except RuntimeError as error:
             raise StartupError(
                 f"cannot listen on {host}:{port}: is the port taken, or the host not ours?"
@@ -74,20 +77,30 @@ class Server:
         await self._server.start()
         return f"{host}:{bound}"
 
-    async def serve(self, engine: Engine) -> None:
-        self._servicer.serve(engine)
+    async def set_serving(self, is_serving: bool) -> None:
+        """What health checks are told, until `refuse`."""
+        kind = health_pb2.HealthCheckResponse
+        status = kind.SERVING if is_serving else kind.NOT_SERVING
         for service in _SERVICES:
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(service, status)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests; returns when the running ones have ended, or in time."""
-        self._servicer.refuse(SHUTTING_DOWN)
+    async def refuse(self) -> None:
+        """Health checks are told for good that this server ends."""
         await self._health.enter_graceful_shutdown()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._servicer.until_idle(), timeout_s)
 
     async def stop(self) -> None:
         """Ends every call that its engine has not ended already."""
-        self._servicer.refuse(SHUTTING_DOWN)
-        await self._health.enter_graceful_shutdown()
+        await self.refuse()
         await self._server.stop(_FLUSH_S)
+
+    def _bind(self, address: str) -> int:
+        settings = self._settings
+        if settings.ssl_keyfile is None or settings.ssl_certfile is None:
+            return self._server.add_insecure_port(address)
+        authorities = settings.ssl_ca_certs
+        credentials = grpc.ssl_server_credentials(
+            [(Path(settings.ssl_keyfile).read_bytes(), Path(settings.ssl_certfile).read_bytes())],
+            root_certificates=Path(authorities).read_bytes() if authorities else None,
+            require_client_auth=authorities is not None,
+        )
+        return self._server.add_secure_port(address, credentials)

@@ -19,7 +19,7 @@ from semipd_jax.errors import EngineError
 from semipd_jax.request import Delta, Finished, FinishReason
 from semipd_server.client import Client
 
-SMALL = ("--max-num-seqs=4", "--max-num-batched-tokens=64", "--port=0")
+SMALL = ("--max-num-seqs=4", "--max-num-batched-tokens=64", "--port=0", "--http-port=0")
 
 
 class Server:
@@ -159,7 +159,7 @@ def test_bad_flags_are_refused_before_anything_starts(capfd):
 
 def test_a_bad_model_is_refused_with_the_reason(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    server = Server(tmp_path / "log", "--model", str(tmp_path), "--port=0")
+    server = Server(tmp_path / "log", "--model", str(tmp_path), "--port=0", "--http-port=0")
     assert server.process.wait(60) == 1
     assert "GPT2LMHeadModel" in server.log
     assert "LlamaForCausalLM" in server.log

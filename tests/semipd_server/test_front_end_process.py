@@ -21,6 +21,7 @@ from semipd_jax.messages import ChildSpec, Drain, Failed, FromChild, Ready, Serv
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -68,7 +69,7 @@ def start(run_dir: str, model_dir: str) -> Start:
                 model=ModelConfig(path=model, served_name="tiny"),
                 timeouts=TimeoutConfig(shutdown_s=shutdown_s),
             )
-            extra = {"host": "127.0.0.1", "port": str(port)}
+            extra = Settings(port=port, http_port=0).to_extra()
             front_end.tell(ChildSpec(name="front end", run_dir=run_dir, config=config, extra=extra))
             yield front_end
         finally:

@@ -10,9 +10,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from server_rig import Rig, Start, read_all
 
 from semipd_jax.errors import StartupError
+from semipd_server.front_end import FrontEnd
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
-from semipd_server.server import SERVICE, Server
+from semipd_server.server import SERVICE
+from semipd_server.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -40,8 +42,8 @@ async def rest_of(rig: Rig, call: Any) -> list[pb.GenerateResponse]:
 
 def test_before_there_is_an_engine_health_says_so_and_calls_are_refused():
     async def main():
-        server = Server(max_model_len=64, max_rpcs=10)
-        address = await server.start("127.0.0.1", 0)
+        server = FrontEnd(Settings(port=0), max_model_len=64, max_calls=10)
+        address, _ = await server.start()
         async with grpc.aio.insecure_channel(address) as channel:
             for service in ("", SERVICE):
                 assert await health_of(channel, service) == NOT_SERVING
@@ -75,7 +77,7 @@ def test_health_follows_the_servers_life(start: Start):
                 assert await health_of(rig.channel, service) == SERVING
             call = rig.stub.Generate(request(request_id="last"))
             await begun(rig, call)
-            draining = asyncio.ensure_future(rig.server.drain(10))
+            draining = asyncio.ensure_future(rig.front_end.drain(10))
             assert (await watch.read()).status == NOT_SERVING
             for service in ("", SERVICE):
                 assert await health_of(rig.channel, service) == NOT_SERVING
@@ -95,7 +97,7 @@ def test_draining_takes_no_longer_than_allowed(start: Start):
         async with start() as rig:
             call = rig.stub.Generate(request())
             await begun(rig, call)
-            await asyncio.wait_for(rig.server.drain(0.05), 5)
+            await asyncio.wait_for(rig.front_end.drain(0.05), 5)
             assert len(rig.fake.running) == 1
             call.cancel()
 
@@ -108,7 +110,7 @@ def test_stopping_tells_every_stream_why(start: Start):
             call = rig.stub.Generate(request())
             await begun(rig, call)
             await rig.engine.close()
-            await rig.server.stop()
+            await rig.front_end.stop()
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await read_all(call)
             code = raised.value.code()
@@ -138,11 +140,17 @@ def reflected(address: str) -> tuple[list[str], set[str]]:
 
 def test_a_taken_port_is_a_clear_error():
     async def main():
-        first, second = (Server(max_model_len=64, max_rpcs=10) for _ in range(2))
-        address = await first.start("127.0.0.1", 0)
-        port = int(address.rsplit(":", 1)[1])
-        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}"):
-            await second.start("127.0.0.1", port)
+        first = FrontEnd(Settings(port=0, http_port=0), max_model_len=64, max_calls=10)
+        address, url = await first.start()
+        port, http_port = (int(a.rsplit(":", 1)[1]) for a in (address, url))
+        for settings, text in (
+            (Settings(port=port), f"cannot listen on 127.0.0.1:{port}"),
+            (Settings(port=0, http_port=http_port), f"127.0.0.1:{http_port} .http_port."),
+        ):
+            second = FrontEnd(settings, max_model_len=64, max_calls=10)
+            with pytest.raises(StartupError, match=text):
+                await second.start()
+            await second.stop()
         await first.stop()
 
     asyncio.run(main())

@@ -361,7 +361,7 @@ def test_a_message_beyond_the_bound_is_refused_unread(start: Start):
 
 def test_calls_beyond_the_limit_are_refused(start: Start):
     async def main():
-        async with start(max_rpcs=2) as rig:
+        async with start(max_calls=2) as rig:
             calls = [rig.stub.Generate(request(request_id=str(i))) for i in range(2)]
             for call in calls:
                 await running(rig, call)

@@ -1,0 +1,76 @@
+"""Bearer tokens: who may call. Health checks are open; everything else is not."""
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health
+
+REFUSAL: Final = "missing or wrong API key; send the header 'authorization: Bearer <key>'"
+_OPEN_PREFIX: Final = f"/{health.SERVICE_NAME}/"
+
+
+class Keys:
+    """The API keys that are accepted; without any, everyone is.
+
+    Only digests are kept, and all of them are compared in constant time, so that neither memory
+    dumps nor response times tell a key.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = tuple(_digest(key) for key in keys)
+
+    def allow(self, authorization: str | None) -> bool:
+        """Whether the value of an `authorization` header may pass."""
+        if not self._digests:
+            return True
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Ends every call without an accepted key with UNAUTHENTICATED, except health checks."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: Any,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        is_open = handler_call_details.method.startswith(_OPEN_PREFIX)
+        if is_open or self._keys.allow(_text(metadata.get("authorization"))):
+            return handler
+        return _refusal_like(handler)
+
+
+def _refusal_like(handler: Any) -> Any:
+    """A handler of the same kind that refuses."""
+    if handler is None:
+        return grpc.unary_unary_rpc_method_handler(_refuse)
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(_refuse)
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(_refuse)
+    return grpc.unary_unary_rpc_method_handler(_refuse)
+
+
+async def _refuse(_request: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode("latin-1") if isinstance(value, bytes) else value

@@ -1,0 +1,41 @@
+"""Bounds of repeated fields, checked on the message as it arrived: before anything is copied out of
+it, tokenised or sent on. Values inside are checked where they are used."""
+
+from typing import Any, Final
+
+from semipd_jax.client.prompt import MAX_CHAT_MESSAGES
+from semipd_jax.errors import InvalidRequestError
+from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+
+MODEL_LENGTH: Final = -1
+"""In `MAX_ENTRIES`: as many as the model's length."""
+
+MAX_ENTRIES: Final = {
+    "semipd.v1.TokenIds.ids": MODEL_LENGTH,
+    "semipd.v1.DetokenizeRequest.ids": MODEL_LENGTH,
+    "semipd.v1.ChatMessages.messages": MAX_CHAT_MESSAGES,
+    "semipd.v1.SamplingParams.stop": MAX_STOP_STRINGS,
+    "semipd.v1.SamplingParams.stop_token_ids": MAX_STOP_TOKEN_IDS,
+    "semipd.v1.SamplingParams.logit_bias": MAX_LOGIT_BIAS,
+}
+"""Full name of a repeated field of a request → most entries."""
+
+MAX_CHOICES: Final = 16
+"""Most completions of one prompt (`n`)."""
+MAX_PROMPTS: Final = 256
+"""Most prompts in one request."""
+
+
+def check_entries(message: Any, max_model_len: int, path: str = "") -> None:
+    """Raises InvalidRequestError for a repeated field that has more entries than allowed."""
+    for field, value in message.ListFields():
+        name = f"{path}{field.name}"
+        if field.is_repeated:
+            limit = MAX_ENTRIES[field.full_name]
+            limit = max_model_len if limit == MODEL_LENGTH else limit
+            if len(value) > limit:
+                raise InvalidRequestError(
+                    f"{name} has {len(value)} entries; allowed: at most {limit}", field=name
+                )
+        elif field.message_type is not None:
+            check_entries(value, max_model_len, f"{name}.")

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP routes over the engine client. Needs the extra `openai`."""

@@ -1,0 +1,210 @@
+"""The HTTP routes."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from semipd_server.auth import Keys
+from semipd_server.gate import Engine, Gate
+from semipd_server.metrics import Metrics
+from semipd_server.openai.answer import Answer
+from semipd_server.openai.chat import chat, conversation
+from semipd_server.openai.completions import complete
+from semipd_server.openai.door import Door
+from semipd_server.openai.errors import ApiError, api_error, bad_request
+from semipd_server.openai.reply import Reply, Work
+from semipd_server.openai.schema import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
+    Model,
+    ModelList,
+    Sampling,
+    TokenizeRequest,
+    Tokens,
+    parse,
+)
+from semipd_server.openai.tokens import TokenTexts
+
+type Handler = Callable[[Request], Awaitable[ASGIApp]]
+type Prepare[R] = Callable[[Engine, TokenTexts, R], Awaitable[Answer]]
+
+_BODY_TIMEOUT_S: Final = 60.0
+
+
+def build_app(gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int) -> ASGIApp:
+    """All routes, behind the door.
+
+    Args:
+      max_body_bytes: longer bodies are refused.
+    """
+    routes = Routes(gate, metrics, max_body_bytes)
+    table: list[tuple[str, str, Handler]] = [
+        ("POST", "/v1/completions", routes.completions),
+        ("POST", "/v1/chat/completions", routes.chat_completions),
+        ("GET", "/v1/models", routes.models),
+        ("GET", "/v1/models/{model:path}", routes.model),
+        ("POST", "/tokenize", routes.tokenize),
+        ("POST", "/detokenize", routes.detokenize),
+        ("GET", "/version", routes.version),
+        ("GET", "/health", routes.health),
+        ("GET", "/metrics", routes.metrics),
+    ]
+    app = Starlette(
+        routes=[Route(path, _safe(handler), methods=[verb]) for verb, path, handler in table],
+        exception_handlers={HTTPException: _refused_by_router},
+    )
+    return Door(app, gate, keys)
+
+
+class Routes:
+    """The handlers."""
+
+    def __init__(self, gate: Gate, metrics: Metrics, max_body_bytes: int) -> None:
+        self._gate = gate
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+        self._created = int(time.time())
+        self._texts: TokenTexts | None = None
+
+    async def completions(self, request: Request) -> ASGIApp:
+        return await self._generate(request, CompletionRequest, complete)
+
+    async def chat_completions(self, request: Request) -> ASGIApp:
+        return await self._generate(request, ChatRequest, chat)
+
+    async def models(self, request: Request) -> ASGIApp:
+        return _json(ModelList([self._model()]))
+
+    async def model(self, request: Request) -> ASGIApp:
+        self._engine_for(request.path_params["model"])
+        return _json(self._model())
+
+    async def tokenize(self, request: Request) -> ASGIApp:
+        body = await self._read(request, TokenizeRequest)
+        engine = self._engine_for(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_request("allowed: either prompt or messages, and not both", "prompt")
+        prompt = body.prompt if body.messages is None else conversation(body.messages)
+        special = body.add_special_tokens
+        ids = await engine.client.encode(prompt or "", add_special_tokens=special)
+        strings = None
+        if body.return_token_strs:
+            strings = [self._token_texts(engine).text_of(token_id) for token_id in ids]
+        return _json(Tokens(len(ids), engine.info.max_model_len, list(ids), strings))
+
+    async def detokenize(self, request: Request) -> ASGIApp:
+        body = await self._read(request, DetokenizeRequest)
+        client = self._engine_for(body.model).client
+        vocab_size = client.layout.vocab_size
+        for token_id in body.tokens:
+            if not 0 <= token_id < vocab_size:
+                raise bad_request(
+                    f"tokens has {token_id}; allowed: 0 to {vocab_size - 1}", "tokens"
+                )
+        return _json(Detokenized(await client.decode(body.tokens, skip_special_tokens=False)))
+
+    async def version(self, request: Request) -> ASGIApp:
+        return _json({"version": version("semipd-jax")})
+
+    async def health(self, request: Request) -> ASGIApp:
+        problem = await self._gate.problem()
+        if problem is None:
+            return _json({"status": "ok"})
+        return _json({"status": "unavailable", "reason": problem}, 503)
+
+    async def metrics(self, request: Request) -> ASGIApp:
+        body, content_type = await self._metrics.render(request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)
+
+    # ------------------------------------------------------------ what they share
+
+    async def _generate[R: Sampling](
+        self, request: Request, kind: type[R], prepare: Prepare[R]
+    ) -> ASGIApp:
+        body = await self._read(request, kind)
+        engine = self._engine_for(body.model)
+
+        async def work(reply: Reply) -> None:
+            answer = await prepare(engine, self._token_texts(engine), body)
+            if body.stream:
+                await answer.send_stream(reply, body.stream_options)
+            else:
+                await answer.send_whole(reply)
+
+        return Work(work)
+
+    async def _read[T: Body](self, request: Request, kind: type[T]) -> T:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # what a web page may send unasked is none
+            raise ApiError(415, f"content-type is {media_type!r:.80}; allowed: 'application/json'")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self._max_body_bytes:
+                        limit = self._max_body_bytes
+                        raise ApiError(413, f"the body is too long; allowed: {limit} bytes")
+        except TimeoutError as error:
+            raise ApiError(408, f"the body took longer than {_BODY_TIMEOUT_S:.0f} s") from error
+        return parse(bytes(body), kind)
+
+    def _engine_for(self, model: str) -> Engine:
+        engine = self._gate.engine
+        if model not in ("", engine.info.name):
+            raise ApiError(
+                404,
+                f"the model {model!r:.200} does not exist; allowed: {engine.info.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return engine
+
+    def _model(self) -> Model:
+        info = self._gate.engine.info
+        return Model(info.name, self._created, info.max_model_len)
+
+    def _token_texts(self, engine: Engine) -> TokenTexts:
+        if self._texts is None:
+            self._texts = TokenTexts(engine.client.tokenizer)
+        return self._texts
+
+
+def _safe(handler: Handler) -> Handler:
+    """Every error is an answer."""
+
+    async def call(request: Request) -> ASGIApp:
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            return Response()  # to nobody
+        except Exception as error:
+            return _error_response(api_error(error))
+
+    return call
+
+
+async def _refused_by_router(request: Request, error: Exception) -> Response:
+    return _error_response(api_error(error))
+
+
+def _error_response(error: ApiError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return Response(error.body, error.status, headers)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -1,0 +1,114 @@
+"""The generations behind one answer: `n` for each prompt, at the same time."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from semipd_jax.client import EngineClient
+from semipd_jax.client.sampling import fold_seed
+from semipd_jax.request import Event, Finished
+from semipd_server.limits import MAX_CHOICES
+from semipd_server.openai.errors import bad_request
+from semipd_server.openai.schema import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One generation. `sampling` has the fields of `request.SamplingParams` that are set."""
+
+    prompt_index: int
+    token_ids: tuple[int, ...]
+    sampling: dict[str, Any]
+
+
+def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: Any) -> list[Choice]:
+    """`n` choices of each prompt, in OpenAI's order. With a seed, choice i of a prompt has the seed
+    plus i, as in vLLM, modulo 2**32, so that no two are the same.
+
+    Raises:
+      ApiError: `n` or `logit_bias` is wrong.
+    """
+    if not 1 <= request.n <= MAX_CHOICES:
+        raise bad_request(f"n is {request.n}; allowed: 1 to {MAX_CHOICES}", "n")
+    fields = {**_sampling(request), **sampling}
+    seed = None if request.seed is None else fold_seed(request.seed % 2**64)
+    seeds = [None if seed is None else (seed + i) % 2**32 for i in range(request.n)]
+    return [
+        Choice(i, token_ids, {**fields, "seed": seed})
+        for i, token_ids in enumerate(prompts)
+        for seed in seeds
+    ]
+
+
+async def events(
+    client: EngineClient, answer_id: str, wanted: Sequence[Choice]
+) -> AsyncGenerator[tuple[int, Event]]:
+    """(index of the choice, event) as they happen. The first error ends all."""
+
+    def generate(index: int) -> AsyncGenerator[Event]:
+        choice = wanted[index]
+        request_id = f"{answer_id}-{index}"
+        return client.generate(choice.token_ids, choice.sampling, request_id=request_id)
+
+    if len(wanted) == 1:
+        async with aclosing(generate(0)) as single:
+            async for event in single:
+                yield 0, event
+        return
+    arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(len(wanted))
+
+    async def pass_on(index: int) -> None:
+        try:
+            async with aclosing(generate(index)) as stream:
+                async for event in stream:
+                    await arrived.put((index, event))
+        except Exception as error:
+            await arrived.put((index, error))
+
+    tasks = [asyncio.create_task(pass_on(index)) for index in range(len(wanted))]
+    try:
+        num_running = len(wanted)
+        while num_running:
+            index, event = await arrived.get()
+            if isinstance(event, Exception):
+                raise event
+            yield index, event
+            num_running -= isinstance(event, Finished)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _sampling(request: Sampling) -> dict[str, Any]:
+    stop = (request.stop,) if isinstance(request.stop, str) else request.stop
+    return {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": 0 if request.top_k == -1 else request.top_k,  # -1 is vLLM's "all"
+        "min_p": request.min_p,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "min_tokens": request.min_tokens,
+        "stop": stop,
+        "include_stop": request.include_stop_str_in_output,
+        "stop_token_ids": request.stop_token_ids,
+        "ignore_eos": request.ignore_eos,
+        "logit_bias": _logit_bias(request.logit_bias),
+        "skip_special_tokens": request.skip_special_tokens,
+    }
+
+
+def _logit_bias(given: dict[str, float] | None) -> dict[int, float] | None:
+    if given is None:
+        return None
+    try:
+        return {int(token_id): bias for token_id, bias in given.items()}
+    except ValueError as error:
+        raise bad_request(
+            f"logit_bias has a key that is no token id ({error}); allowed: token ids as strings",
+            "logit_bias",
+        ) from error

@@ -1,0 +1,128 @@
+"""The HTTP server: uvicorn on the front end's own event loop, without signal handlers."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any, Final
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from semipd_jax.errors import StartupError
+from semipd_server.auth import Keys
+from semipd_server.gate import Gate
+from semipd_server.metrics import Metrics
+from semipd_server.openai.app import build_app
+from semipd_server.settings import Settings
+
+_FIRST_REQUEST_TIMEOUT_S: Final = 30.0
+_STALL_TIMEOUT_S: Final = 60.0
+_KEEP_ALIVE_S: Final = 75
+_FLUSH_S: Final = 1
+
+
+def http_server(
+    gate: Gate, settings: Settings, *, max_body_bytes: int, max_connections: int
+) -> "HttpServer":
+    """All routes, as the settings say."""
+    metrics = Metrics(gate, settings.metrics_prefix)
+    app = build_app(gate, metrics, Keys(settings.api_keys), max_body_bytes=max_body_bytes)
+    return HttpServer(app, settings, max_connections=max_connections)
+
+
+class HttpServer:
+    """Serves `app`.
+
+    Args:
+      max_connections: more are answered with 503.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, *, max_connections: int) -> None:
+        self._settings = settings
+        config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=max_connections,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_FLUSH_S,
+            ssl_context_factory=(lambda *_: settings.ssl_context()) if settings.uses_tls else None,
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Binds and returns the URL, with the port that was taken if the port is 0.
+
+        Raises:
+          StartupError: the address cannot be bound.
+        """
+        host, port = self._settings.host, self._settings.http_port
+        shown = f"[{host}]" if ":" in host else host
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            raise StartupError(
+                f"cannot listen on {shown}:{port} (http_port): {error.strerror}"
+            ) from error
+        bound = listener.getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve([listener]), name="http")
+        return f"{'https' if self._settings.uses_tls else 'http'}://{shown}:{bound}"
+
+    async def stop(self) -> None:
+        """Ends every request that its engine has not ended already."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+            self._serving = None
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the launcher's."""
+        yield
+
+
+class _Connection(H11Protocol):
+    """Ends a connection that brings no request, or whose client reads nothing, for too long."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(_FIRST_REQUEST_TIMEOUT_S, self._expect_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cancel()
+        self._timer = self.loop.call_later(_STALL_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._cancel()
+        super().resume_writing()
+
+    def _expect_request(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,176 @@
+"""How the front end listens and whom it lets in: chosen on the command line, checked before
+anything starts, and told to the front end's process alone."""
+
+import argparse
+import importlib.util
+import os
+import re
+import ssl
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final, Self
+
+import msgspec
+
+from semipd_jax.config import require
+from semipd_jax.errors import ConfigError
+
+KEY_VARIABLE: Final = "SEMIPD_API_KEY"
+DEFAULT_HTTP_PORT: Final = 8000
+_OFF: Final = "off"
+_EXTRA: Final = "openai"
+_HTTP_PACKAGES: Final = ("starlette", "uvicorn", "prometheus_client")
+_FIELD: Final = "settings"  # of a child's `extra`
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Raises ConfigError for a value that is not allowed.
+
+    Attributes:
+      port: of gRPC; 0 takes a free one.
+      http_port: of the OpenAI routes, /health and /metrics; 0 takes a free one, None means none.
+      api_keys: what clients must present; empty lets everyone in.
+      ssl_keyfile, ssl_certfile: PEM files of the server's key and certificate chain.
+      ssl_ca_certs: PEM file of the authorities that clients' certificates must come from.
+      metrics_prefix: what names of metrics begin with, before a colon.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    http_port: int | None = None
+    api_keys: tuple[str, ...] = ()
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    metrics_prefix: str = "semipd"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 2**16, "port", self.port, "0 to 65535")
+        require(
+            self.http_port is None or 0 <= self.http_port < 2**16,
+            "http_port",
+            self.http_port,
+            f"0 to 65535, or {_OFF}",
+        )
+        require(
+            self.http_port is None or http_is_installed(),
+            "http_port",
+            self.http_port,
+            f"{_OFF}, unless semipd-jax[{_EXTRA}] is installed",
+        )
+        prefix = self.metrics_prefix
+        require(
+            re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", prefix) is not None,
+            "metrics_prefix",
+            prefix,
+            "letters, digits and underscores, no digit first",
+        )
+        for key in self.api_keys:
+            if not re.fullmatch("[!-~]+", key):
+                raise ConfigError("an api_key is not allowed; allowed: printable ASCII, no spaces")
+        self._check_certificates()
+
+    def _check_certificates(self) -> None:
+        pair = (self.ssl_keyfile, self.ssl_certfile)
+        if (None in pair) and (any(pair) or self.ssl_ca_certs):
+            raise ConfigError("ssl_keyfile and ssl_certfile are needed, both, for TLS")
+        if None not in pair:
+            self.ssl_context()
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """For TLS, with client certificates where `ssl_ca_certs` is set."""
+        assert self.ssl_certfile is not None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password=_no_password)
+            if self.ssl_ca_certs is not None:
+                context.load_verify_locations(self.ssl_ca_certs)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
+            paths = (self.ssl_keyfile, self.ssl_certfile, self.ssl_ca_certs)
+            files = ", ".join(filter(None, paths))
+            raise ConfigError(f"cannot use the certificates {files}: {error}") from error
+        return context
+
+    @property
+    def uses_tls(self) -> bool:
+        return self.ssl_certfile is not None
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether others than this machine's users can connect, without a key or a certificate."""
+        is_local = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return not is_local and not self.api_keys and self.ssl_ca_certs is None
+
+    def __repr__(self) -> str:
+        shown = (f for f in self.__struct_fields__ if f != "api_keys")
+        fields = (f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"Settings({', '.join(fields)}, {len(self.api_keys)} API keys)"
+
+    def to_extra(self) -> dict[str, str]:
+        """As a `ChildSpec` carries it."""
+        return {_FIELD: msgspec.json.encode(self).decode()}
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, str]) -> Self:
+        return msgspec.json.decode(extra[_FIELD], type=cls)
+
+
+def http_is_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in _HTTP_PACKAGES)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Settings`, as a group of their own."""
+    group = parser.add_argument_group("serving")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    group.add_argument("--port", type=int, default=50051, help="gRPC port; 0 takes a free one")
+    group.add_argument(
+        "--http-port",
+        type=_http_port,
+        default=DEFAULT_HTTP_PORT if http_is_installed() else _OFF,
+        help=f"port of the OpenAI API, /health and /metrics; 0 takes a free one, {_OFF}: none",
+    )
+    group.add_argument(
+        "--api-key",
+        dest="api_keys",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="KEY",
+        help=f"key that clients must present; may be repeated [${KEY_VARIABLE}]",
+    )
+    group.add_argument(
+        "--ssl-keyfile", default=argparse.SUPPRESS, help="PEM file of the server's key: use TLS"
+    )
+    group.add_argument(
+        "--ssl-certfile", default=argparse.SUPPRESS, help="PEM file of the server's certificates"
+    )
+    group.add_argument(
+        "--ssl-ca-certs",
+        default=argparse.SUPPRESS,
+        help="PEM file of authorities: clients must have a certificate of theirs",
+    )
+    group.add_argument("--metrics-prefix", default="semipd", help="beginning of metrics' names")
+
+
+def take_flags(
+    args: dict[str, Any], environment: MutableMapping[str, str] = os.environ
+) -> Settings:
+    """Takes the flags of `add_flags` out of `args`, and the key out of the environment, which child
+    processes inherit.
+
+    Raises:
+      ConfigError: a value is not allowed.
+    """
+    given = {name: args.pop(name) for name in Settings.__struct_fields__ if name in args}
+    if key := environment.pop(KEY_VARIABLE, ""):
+        given.setdefault("api_keys", [key])
+    given["api_keys"] = tuple(given.get("api_keys", ()))
+    return Settings(**given)
+
+
+def _http_port(text: str) -> int | None:
+    return None if text == _OFF else int(text)
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; use one without a passphrase")
