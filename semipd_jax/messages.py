@@ -168,7 +168,16 @@ class GetStats(Message, frozen=True):
     query_id: int
 
 
-type ToCoordinator = Submit | Abort | GetStats
+class SetShares(Message, frozen=True):
+    """Run the phases at these shares from their next steps on; None leaves one as it is. Answered
+    by `Shares` with the same `query_id`."""
+
+    query_id: int
+    prefill: float | None = None
+    decode: float | None = None
+
+
+type ToCoordinator = Submit | Abort | GetStats | SetShares
 
 # ---------------------------------------------------------------- coordinator → client
 
@@ -231,7 +240,26 @@ class Stats(Message, frozen=True):
     prefix_cache_hits: int  # those of them whose KV was there
 
 
-type FromCoordinator = Refused | Admitted | Outputs | Stats
+class PhaseShares(Message, frozen=True):
+    """The compute of one phase.
+
+    `asked` holds while both phases have work; a phase alone runs at its largest share. `current` is
+    that of the last step; `warm` are those with a ready worker.
+    """
+
+    asked: float
+    current: float | None
+    warm: tuple[float, ...]
+    num_switches: int
+
+
+class Shares(Message, frozen=True):
+    query_id: int
+    prefill: PhaseShares
+    decode: PhaseShares
+
+
+type FromCoordinator = Refused | Admitted | Outputs | Stats | Shares
 
 # ---------------------------------------------------------------- launcher ⇄ children (JSON lines)
 
@@ -294,7 +322,14 @@ class Drain(Line, frozen=True):
     """To the front end: refuse new requests, finish the running ones, then exit."""
 
 
-type ToChild = ChildSpec | WorkerLost | Serve | WaitingFor | Drain
+class ShareUnavailable(Line, frozen=True):
+    """To the coordinator: no worker of this phase can be had at this share."""
+
+    phase: Phase
+    share: float
+
+
+type ToChild = ChildSpec | WorkerLost | Serve | WaitingFor | Drain | ShareUnavailable
 
 
 class Progress(Line, frozen=True):
@@ -319,6 +354,19 @@ class Stalled(Line, frozen=True):
     worker_id: str
 
 
+class StartWorker(Line, frozen=True):
+    """From the coordinator: a worker at a share that has none is wanted."""
+
+    phase: Phase
+    share: float
+
+
+class RetireWorker(Line, frozen=True):
+    """From the coordinator: this worker holds no step and will get none."""
+
+    worker_id: str
+
+
 class Failed(Line, frozen=True):
     """The child cannot go on. `kind` is the name of a class in `semipd_jax.errors`."""
 
@@ -326,4 +374,7 @@ class Failed(Line, frozen=True):
     message: str
 
 
-type FromChild = Progress | Ready | Stalled | Failed
+type ToLauncher = Stalled | StartWorker | RetireWorker
+"""What the coordinator asks of the launcher."""
+
+type FromChild = Progress | Ready | Failed | ToLauncher

@@ -170,7 +170,7 @@ def _argument(option: Option) -> dict[str, Any]:
     if options.value_type(option) is bool:
         return {"action": argparse.BooleanOptionalAction, "default": shown, "help": option.help}
     return {
-        "type": options.value_type(option),
+        "type": options.parse(option),
         "choices": options.choices(option),
         "default": shown,
         "help": option.help,

@@ -7,6 +7,7 @@ be rebuilt, and an orderly end is better than half a service.
 """
 
 import contextlib
+import itertools
 import logging
 import queue
 import shutil
@@ -33,8 +34,11 @@ from semipd_jax.messages import (
     Phase,
     Progress,
     Ready,
+    RetireWorker,
     Serve,
+    ShareUnavailable,
     Stalled,
+    StartWorker,
     WaitingFor,
     WorkerLost,
 )
@@ -73,18 +77,23 @@ class _WorkerSlot:
     """One worker as the engine sees it; the process behind it may be replaced.
 
     Attributes:
+      is_extra: it was asked for while the engine runs, and may be given up.
       down_since_s: when a worker that was ready died; None while one is ready, and at the start.
       num_failed_starts: replacements in a row that ended themselves before they were ready.
     """
 
     phase: Phase
     share: float
+    is_extra: bool = False
     process: Process | None = None
     worker_id: str = ""
     is_ready: bool = False
     down_since_s: float | None = None
-    num_starts: int = 0
     num_failed_starts: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase} worker {self.share:.2f}"
 
 
 class Launcher:
@@ -115,7 +124,9 @@ class Launcher:
         self._on_progress = on_progress
         self._events: Events = queue.SimpleQueue()
         self._processes: list[Process] = []
-        self._slots = [_WorkerSlot(phase, getattr(config.shares, phase)) for phase in _PHASES]
+        self._slots = [
+            _WorkerSlot(phase, share) for phase in _PHASES for share in config.shares.rungs(phase)
+        ]
         self._front_end: Process | None = None
         self._owner: Process | None = None
         self._coordinator: Process | None = None
@@ -123,6 +134,8 @@ class Launcher:
         self._last_words: dict[Process, Failed] = {}
         self._device = Chosen("cpu")
         self._share_terms: shares.Terms = {}
+        self._retired: list[Process] = []
+        self._worker_numbers = itertools.count(1)
         self._layout: MemoryLayout | None = None
         self._started = threading.Event()
         self._stopping = False
@@ -232,6 +245,10 @@ class Launcher:
                 self._last_words[process] = message
             case Stalled(worker_id=worker_id):
                 self._replace_stalled(worker_id)
+            case StartWorker(phase=phase, share=share):
+                self._add_worker(phase, share)
+            case RetireWorker(worker_id=worker_id):
+                self._retire_worker(worker_id)
             case Exited(status=status):
                 self._exited(process, status)
 
@@ -244,14 +261,15 @@ class Launcher:
             self._layout = message.layout
             spec = self._spec("coordinator")
             self._coordinator = self._spawn(self._modules.coordinator, spec)
-            for slot in self._slots:
-                self._start_worker(slot)
+            for phase in _PHASES:
+                self._start_next(phase)
         elif process is self._coordinator:
             self._coordinator_ready = True
         elif (slot := self._slot_of(process)) is not None:
             slot.is_ready = True
             slot.down_since_s = None
             slot.num_failed_starts = 0
+            self._start_next(slot.phase)
         if not self._started.is_set() and not self._not_ready():
             assert self._layout is not None
             if self._front_end is not None:
@@ -263,7 +281,7 @@ class Launcher:
             ("front end", self._front_end_spec is None or self.address is not None),
             ("memory owner", self._layout is not None),
             ("coordinator", self._coordinator_ready),
-            *((f"{slot.phase} worker {slot.share:.2f}", slot.is_ready) for slot in self._slots),
+            *((slot.name, self._is_served(slot)) for slot in self._slots),
         ]
         return [name for name, is_ready in waits if not is_ready]
 
@@ -281,6 +299,9 @@ class Launcher:
         words = self._last_words.pop(process, None)
         if self._stopping or (self._draining and process is self._front_end):
             return
+        if process in self._retired:
+            self._retired.remove(process)
+            return
         slot = self._slot_of(process)
         if slot is None or not self._started.is_set():
             self._end(_failure(process.name, status, words))
@@ -290,12 +311,11 @@ class Launcher:
     # ------------------------------------------------------------ workers
 
     def _start_worker(self, slot: _WorkerSlot) -> None:
-        slot.num_starts += 1
-        self._progress.pop(f"{slot.phase} worker {slot.share:.2f}", None)
-        slot.worker_id = f"{slot.phase}-{slot.share:.2f}-{slot.num_starts}"
+        self._progress.pop(slot.name, None)
+        slot.worker_id = f"{slot.phase}-{slot.share:.2f}-{next(self._worker_numbers)}"
         slot.is_ready = False
         spec = self._spec(
-            f"{slot.phase} worker {slot.share:.2f}",
+            slot.name,
             phase=slot.phase,
             share=slot.share,
             extra={"worker_id": slot.worker_id, **self._share_terms},
@@ -303,29 +323,32 @@ class Launcher:
         slot.process = self._spawn(self._modules.worker, spec)
 
     def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
-        _log.warning("%s", _failure(f"{slot.phase} worker {slot.share:.2f}", status, words))
+        _log.warning("%s", _failure(slot.name, status, words))
+        assert self._coordinator is not None
+        self._coordinator.send(WorkerLost(worker_id=slot.worker_id))
         if slot.is_ready:
             slot.down_since_s = time.monotonic()
         elif status >= 0:
             slot.num_failed_starts += 1
-        if slot.num_failed_starts >= MAX_FAILED_STARTS:
-            self._end(
-                _failure(
-                    f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker",
-                    status,
-                    words,
-                )
-            )
-            return
-        assert self._coordinator is not None
-        self._coordinator.send(WorkerLost(worker_id=slot.worker_id))
-        self._start_worker(slot)
+        if slot.num_failed_starts and slot.is_extra:
+            self._slots.remove(slot)
+            self._coordinator.send(ShareUnavailable(phase=slot.phase, share=slot.share))
+        elif slot.num_failed_starts >= MAX_FAILED_STARTS:
+            name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker"
+            self._end(_failure(name, status, words))
+        else:
+            self._start_worker(slot)
 
     def _check_outages(self) -> None:
         """Ends the engine if a phase has been without a worker for longer than a start may take."""
         limit_s = self._config.timeouts.startup_s
         for slot in self._slots:
-            if slot.down_since_s is not None and time.monotonic() - slot.down_since_s > limit_s:
+            since = slot.down_since_s
+            if (
+                since is not None
+                and time.monotonic() - since > limit_s
+                and not self._is_served(slot)
+            ):
                 self._end(
                     EngineError(
                         f"no {slot.phase} worker became ready in {limit_s:.0f} s (startup_s)"
@@ -337,6 +360,32 @@ class Launcher:
             if slot.worker_id == worker_id and slot.process is not None:
                 _log.warning("%s holds a step for too long and is replaced", worker_id)
                 self._kill(slot.process)
+
+    def _is_served(self, slot: _WorkerSlot) -> bool:
+        """Whether the worker is ready or, once the engine runs, another one of its phase is."""
+        others = self._slots if self._started.is_set() else ()
+        return slot.is_ready or any(s.is_ready for s in others if s.phase == slot.phase)
+
+    def _start_next(self, phase: Phase) -> None:
+        """Starts the phase's next worker that was never started: one after another, so that what
+        one compiles is there for the next."""
+        waiting = [slot for slot in self._slots if slot.phase == phase and slot.process is None]
+        if waiting:
+            self._start_worker(waiting[-1])
+
+    def _add_worker(self, phase: Phase, share: float) -> None:
+        if not any((slot.phase, slot.share) == (phase, share) for slot in self._slots):
+            slot = _WorkerSlot(phase, share, is_extra=True)
+            self._slots.append(slot)
+            self._start_worker(slot)
+
+    def _retire_worker(self, worker_id: str) -> None:
+        for slot in self._slots:
+            if slot.worker_id == worker_id and slot.process is not None:
+                self._slots.remove(slot)
+                self._retired.append(slot.process)
+                slot.process.ask_to_stop()
+                return
 
     def _slot_of(self, process: Process) -> _WorkerSlot | None:
         return next((slot for slot in self._slots if slot.process is process), None)
