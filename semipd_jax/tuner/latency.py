@@ -1,0 +1,177 @@
+"""How long a step takes: T(phase, work, own share, other phase's share and activity).
+
+Roofline terms, linear in coefficients ≥ 0. With s the effective share, b = min(1, s / saturation)
+the reachable fraction of the memory bandwidth, and a = 1 while the other phase runs (else 0):
+
+  prefill  fixed + weights / b + tokens · n / s + pairs · m / s + a · contention · n / s
+  decode   fixed + weights / b + context · c / b + rows · n / s + a · (weights_contention +
+           context_contention · c) / b
+
+where n counts query tokens, m pairs of query and key, c context tokens (`tuner.work`).
+
+The effective share is the worker's own as long as both shares fit on the device. Beyond that it is
+own / (own + other): "the two phases share 100%" (semi-PD, arXiv 2504.19867, section 5). Bandwidth
+saturates at a fraction of the SMs (Bullet, arXiv 2504.19516: about 30 of 108 on an A100; DuetServe,
+arXiv 2511.04791: a fifth of an H100's reaches about 60 %). Every term falls with the own share and
+grows with the other's, so more share never predicts slower.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float64
+
+from semipd_jax.messages import Phase
+from semipd_jax.tuner.work import Work
+
+FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
+    "prefill": {
+        "fixed": 1,
+        "weights": 1,
+        "tokens": 1e3,
+        "pairs": 1e6,
+        "contention": 1e3,
+    },
+    "decode": {
+        "fixed": 1,
+        "weights": 1,
+        "context": 1e5,
+        "rows": 1e2,
+        "weights_contention": 1,
+        "context_contention": 1e5,
+    },
+}
+"""Coefficient → the amount that it is the seconds of."""
+
+
+def effective_share(own: float, other: float) -> float:
+    """What a phase gets of the device beside a running phase of share `other` (0: it is idle)."""
+    return own / (own + other) if own + other > 1 else own
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """One step's time as a function of shares: seconds at b = 1 and s = 1.
+
+    Attributes:
+      memory, compute: what scales with 1 / b and 1 / s.
+      memory_contention, compute_contention: what is added to them while the other phase runs.
+    """
+
+    fixed: float
+    memory: float
+    compute: float
+    memory_contention: float
+    compute_contention: float
+    saturation: float
+
+    def at(self, own: float, other: float) -> float:
+        """Seconds under the share `own`, all the while beside a phase of `other` (0: idle)."""
+        share = effective_share(own, other)
+        memory, compute = self.memory, self.compute
+        if other > 0:
+            memory += self.memory_contention
+            compute += self.compute_contention
+        return self.fixed + memory / min(1.0, share / self.saturation) + compute / share
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Under which a step ran.
+
+    Attributes:
+      share: its worker's.
+      other_share: that of the other phase, while it ran.
+      overlap: part of the step's time during which the other phase ran, 0 to 1.
+    """
+
+    share: float
+    other_share: float = 0.0
+    overlap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A step that was run."""
+
+    work: Work
+    conditions: Conditions
+    seconds: float
+
+
+class LatencyModel:
+    """
+    Args:
+      coefficients: of each phase, in the order of FEATURES, ≥ 0.
+      saturation: share of the device that reaches the whole memory bandwidth.
+    """
+
+    def __init__(
+        self, coefficients: Mapping[Phase, Float64[np.ndarray, " k"]], saturation: float
+    ) -> None:
+        self.saturation = saturation
+        self._coefficients: dict[Phase, list[float]] = {}
+        for phase, values in coefficients.items():
+            self.set(phase, values)
+
+    def set(self, phase: Phase, coefficients: Float64[np.ndarray, " k"]) -> None:
+        self._coefficients[phase] = coefficients.tolist()
+
+    def get(self, phase: Phase) -> Float64[np.ndarray, " k"]:
+        return np.array(self._coefficients[phase])
+
+    def terms(self, work: Work) -> Terms:
+        if work.phase == "prefill":
+            fixed, weights, tokens, pairs, contention = self._coefficients["prefill"]
+            compute = tokens * work.num_tokens / 1e3 + pairs * work.num_pairs / 1e6
+            slowed = contention * work.num_tokens / 1e3
+            return Terms(fixed, weights, compute, 0.0, slowed, self.saturation)
+        fixed, weights, context, rows, weights_slowed, context_slowed = self._coefficients["decode"]
+        contexts = work.context_tokens / 1e5
+        return Terms(
+            fixed,
+            weights + context * contexts,
+            rows * work.num_rows / 1e2,
+            weights_slowed + context_slowed * contexts,
+            0.0,
+            self.saturation,
+        )
+
+    def predict(self, work: Work, conditions: Conditions) -> float:
+        """Seconds of a step."""
+        terms, own, part = self.terms(work), conditions.share, conditions.overlap
+        return part * terms.at(own, conditions.other_share) + (1 - part) * terms.at(own, 0.0)
+
+    def features(self, work: Work, conditions: Conditions) -> Float64[np.ndarray, " k"]:
+        """What the coefficients multiply. Time alone and time beside the other phase are mixed."""
+        own, other, part = conditions.share, conditions.other_share, conditions.overlap
+        together = self._features(work, effective_share(own, other), 1.0)
+        return part * together + (1 - part) * self._features(work, own, 0.0)
+
+    def _features(self, work: Work, share: float, active: float) -> Float64[np.ndarray, " k"]:
+        per_compute, per_memory = 1 / share, 1 / min(1.0, share / self.saturation)
+        tokens = work.num_tokens / 1e3
+        if work.phase == "prefill":
+            pairs = work.num_pairs / 1e6
+            return np.array(
+                [
+                    1.0,
+                    per_memory,
+                    tokens * per_compute,
+                    pairs * per_compute,
+                    active * tokens * per_compute,
+                ]
+            )
+        contexts, rows = work.context_tokens / 1e5, work.num_rows / 1e2
+        return np.array(
+            [
+                1.0,
+                per_memory,
+                contexts * per_memory,
+                rows * per_compute,
+                active * per_memory,
+                active * contexts * per_memory,
+            ]
+        )

@@ -1,0 +1,115 @@
+"""Coefficients of the latency model as a file: how they were got, for what, and their fit.
+
+A profile is `measured` on the device it names, or `modelled` from data sheets and publications.
+Whatever is computed from a modelled one has to say so.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+
+from semipd_jax.config import require
+from semipd_jax.errors import ConfigError
+from semipd_jax.messages import Phase
+from semipd_jax.tuner.latency import FEATURES, LatencyModel, Sample
+
+SCHEMA: Final = "semipd.latency/1"
+
+type Source = Literal["modelled", "measured"]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    Attributes:
+      notes: where the numbers come from.
+      saturation: share of the device that reaches the whole memory bandwidth.
+      coefficients: phase → name → seconds, see `latency.FEATURES`.
+      error: phase → mean relative error of the fit on its own samples.
+    """
+
+    schema: str = SCHEMA
+    source: Source
+    device: str
+    model: str
+    notes: tuple[str, ...] = ()
+    saturation: float
+    coefficients: dict[Phase, dict[str, float]]
+    error: dict[Phase, float] = {}
+
+
+def from_json(text: str | bytes) -> Profile:
+    """Raises ConfigError that names what is wrong."""
+    try:
+        profile = msgspec.json.decode(text, type=Profile)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"this is no latency profile: {error}") from error
+    require(profile.schema == SCHEMA, "schema", profile.schema, SCHEMA)
+    require(0 < profile.saturation <= 1, "saturation", profile.saturation, "above 0, at most 1")
+    for phase, names in FEATURES.items():
+        given = profile.coefficients.get(phase, {})
+        missing = ", ".join(names)
+        require(given.keys() == names.keys(), f"coefficients.{phase}", sorted(given), missing)
+        for name, value in given.items():
+            require(0 <= value < float("inf"), f"{phase}.{name}", value, "0 or more")
+    return profile
+
+
+def to_json(profile: Profile) -> str:
+    return msgspec.json.format(msgspec.json.encode(profile), indent=2).decode() + "\n"
+
+
+def model_of(profile: Profile) -> LatencyModel:
+    values: dict[Phase, np.ndarray] = {
+        phase: np.array([profile.coefficients[phase][name] for name in names])
+        for phase, names in FEATURES.items()
+    }
+    return LatencyModel(values, profile.saturation)
+
+
+def fit(samples: Sequence[Sample], *, saturation: float) -> LatencyModel:
+    """Least squares of relative errors, coefficients ≥ 0.
+
+    Raises ValueError if a phase has fewer samples than coefficients.
+    """
+    by_phase: defaultdict[Phase, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_phase[sample.work.phase].append(sample)
+    model = LatencyModel({p: np.zeros(len(names)) for p, names in FEATURES.items()}, saturation)
+    for phase, names in FEATURES.items():
+        own = by_phase[phase]
+        if len(own) < len(names):
+            raise ValueError(f"{len(own)} {phase} samples; at least {len(names)} are needed")
+        rows = np.array([model.features(s.work, s.conditions) / s.seconds for s in own])
+        model.set(phase, _non_negative(rows))
+    return model
+
+
+def mean_error(model: LatencyModel, samples: Sequence[Sample]) -> dict[Phase, float]:
+    """Mean of |predicted - measured| / measured, by phase."""
+    errors: defaultdict[Phase, list[float]] = defaultdict(list)
+    for s in samples:
+        errors[s.work.phase].append(abs(model.predict(s.work, s.conditions) / s.seconds - 1))
+    return {phase: sum(values) / len(values) for phase, values in errors.items()}
+
+
+def named(model: LatencyModel) -> dict[Phase, dict[str, float]]:
+    return {
+        p: dict(zip(names, model.get(p).tolist(), strict=True)) for p, names in FEATURES.items()
+    }
+
+
+def _non_negative(rows: np.ndarray) -> np.ndarray:
+    """Coefficients ≥ 0 with rows · coefficients near 1: negative ones are left out, one by one."""
+    columns = np.arange(rows.shape[1])
+    while True:
+        scale = np.linalg.norm(rows[:, columns], axis=0)
+        kept, *_ = np.linalg.lstsq(rows[:, columns] / scale, np.ones(len(rows)))
+        if (kept >= 0).all() or columns.size == 1:
+            break
+        columns = np.delete(columns, kept.argmin())
+    coefficients = np.zeros(rows.shape[1])
+    coefficients[columns] = np.maximum(kept / scale, 0.0)
+    return coefficients

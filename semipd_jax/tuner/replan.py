@@ -1,0 +1,133 @@
+"""The rules of semi-PD's authors' dynamic tuner, which differ from their Algorithm 1.
+
+`DynamicPartitioner.replan` in `distserve/single_stage_engine.py`, branch `distserve_base` of
+infinigence/Semi-PD (17bbab4, Apache-2.0): offline curves in 1 / share, no x / (x + y), a guard of
+1.1 on TPOT, both shares to 1 when both targets fail. Its curves do not give 1 at a share of 1 and
+are forced to; its waiting curve is nearly flat above 0.8. They are kept as they are: this is the
+published behaviour, to compare with. Its index of the 90th percentile, out of range for windows of
+ten and fewer, is bounded.
+"""
+
+from math import inf
+from typing import Final
+
+from semipd_jax.tuner.policy import (
+    FULL,
+    Decision,
+    FinishedRequest,
+    Ladder,
+    Observation,
+    Shares,
+    check_ladder,
+    rung_above,
+    rung_below,
+)
+from semipd_jax.tuner.slo import SloTargets
+from semipd_jax.tuner.window import Collector, Window
+
+PUBLISHED_LADDER: Final[Ladder] = (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0)
+_TPOT_GUARD: Final = 1.1
+_PERCENTILE: Final = 90.0
+
+
+def tpot_scale(share: float) -> float:
+    return 1.0 if share == 1 else 0.6099164272415375 / share + 0.41530605763705736
+
+
+def latency_scale(share: float) -> float:
+    return 1.0 if share == 1 else 0.732435017003385 / share + 0.3185253290850649
+
+
+def wait_scale(share: float) -> float:
+    if share == 1:
+        return 1.0
+    r = 1 / share
+    return 1.4046465674985547 * r**2 - 3.15935463280878 * r + 2.8734660485396604
+
+
+class Replan:
+    """
+    Args:
+      window_size: finished requests between two decisions.
+      max_step: most rungs of one decision.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        targets: SloTargets,
+        *,
+        window_size: int = 400,
+        max_step: int = 3,
+        start: Shares = FULL,
+    ) -> None:
+        check_ladder(ladder)
+        self._ladder = ladder
+        self._target = targets.default
+        self._max_step = max_step
+        self._collector = Collector(window_size)
+        self._decision = Decision(start, "waiting for a window")
+
+    def decide(self, observation: Observation) -> Decision:
+        for request in observation.finished:
+            self._collector.add(request)
+        if (window := self._collector.take()) is not None:
+            self._decision = self._replanned(window)
+        return self._decision
+
+    def _replanned(self, window: Window) -> Decision:
+        shares = self._decision.shares
+        tpot_s, worst = window.tpot_s(_PERCENTILE), _late(window)
+        ttft_slo = inf if self._target.ttft_ms is None else self._target.ttft_ms / 1e3
+        tpot_slo = inf if self._target.tpot_ms is None else self._target.tpot_ms / 1e3
+
+        def ttft(share: float) -> float:
+            wait = wait_scale(share) / wait_scale(shares.prefill) * worst.queue_s
+            scale = latency_scale(share) / latency_scale(shares.prefill)
+            return wait + scale * worst.prefill_s
+
+        def tpot(share: float) -> float:
+            return tpot_scale(share) / tpot_scale(shares.decode) * tpot_s
+
+        holds_ttft, holds_tpot = worst.ttft_s <= ttft_slo, tpot_s * _TPOT_GUARD <= tpot_slo
+        new, reason = shares, "both targets hold"
+        if not holds_ttft and not holds_tpot:
+            reason = "both targets fail"
+            if shares.prefill < 1 and shares.decode < 1:
+                new = Shares(1.0, 1.0)
+        elif not holds_tpot:
+            reason = "TPOT fails"
+            if shares.decode < 1:
+                wanted = [s for s in self._above(shares.decode) if tpot(s) <= tpot_slo]
+                new = Shares(shares.prefill, (wanted or self._above(shares.decode)[-1:])[0])
+            else:
+                kept = [s for s in self._below(shares.prefill) if ttft(s) <= ttft_slo]
+                new = Shares((kept or [shares.prefill])[-1], shares.decode)
+        elif not holds_ttft:
+            reason = "TTFT fails"
+            if shares.prefill < 1:
+                wanted = [s for s in self._above(shares.prefill) if ttft(s) <= ttft_slo]
+                new = Shares((wanted or self._above(shares.prefill)[-1:])[0], shares.decode)
+            else:
+                kept = [s for s in self._below(shares.decode) if tpot(s) <= tpot_slo]
+                new = Shares(shares.prefill, (kept or [shares.decode])[-1])
+        inputs = (("wait_s", worst.queue_s), ("latency_s", worst.prefill_s), ("tpot_s", tpot_s))
+        return Decision(new, reason, ttft(new.prefill), tpot(new.decode), inputs)
+
+    def _above(self, share: float) -> list[float]:
+        rungs: list[float] = []
+        while len(rungs) < self._max_step and (up := rung_above(share, self._ladder)) is not None:
+            rungs.append(share := up)
+        return rungs
+
+    def _below(self, share: float) -> list[float]:
+        rungs: list[float] = []
+        while len(rungs) < self._max_step and (down := rung_below(share, self._ladder)) is not None:
+            rungs.append(share := down)
+        return rungs
+
+
+def _late(window: Window) -> FinishedRequest:
+    """The request at the 90th percentile of TTFT."""
+    by_ttft = sorted(window.requests, key=lambda r: r.ttft_s)
+    return by_ttft[min(int(0.9 * len(by_ttft)) + 1, len(by_ttft) - 1)]

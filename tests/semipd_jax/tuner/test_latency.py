@@ -1,0 +1,206 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semipd_jax.errors import ConfigError
+from semipd_jax.messages import DecodeStep, PrefillStep
+from semipd_jax.tuner import profile
+from semipd_jax.tuner.latency import (
+    FEATURES,
+    Conditions,
+    LatencyModel,
+    Sample,
+    effective_share,
+)
+from semipd_jax.tuner.rls import RecursiveLeastSquares
+from semipd_jax.tuner.work import Work, work_of
+
+PREFILL = np.array([1e-3, 5e-3, 25e-3, 2e-3, 4e-3])
+DECODE = np.array([0.5e-3, 6e-3, 8e-3, 1e-3, 1e-3, 2e-3])
+
+shares = st.floats(0.05, 1.0)
+coefficients = st.floats(0, 0.05)
+
+
+@st.composite
+def works(draw):
+    rows = draw(st.integers(1, 300))
+    contexts = draw(st.integers(rows, rows * 8000))
+    if draw(st.booleans()):
+        return Work("decode", rows, rows, contexts, contexts)
+    tokens = draw(st.integers(rows, 8192))
+    return Work("prefill", rows, tokens, contexts + tokens, tokens * draw(st.integers(1, 8000)))
+
+
+@st.composite
+def models(draw):
+    values = {p: np.array([draw(coefficients) for _ in names]) for p, names in FEATURES.items()}
+    return LatencyModel(values, draw(st.floats(0.1, 1.0)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), works(), shares, shares, st.one_of(st.just(0.0), shares), st.floats(0, 1))
+def test_more_share_never_predicts_slower(model, work, a, b, other, overlap):
+    less, more = sorted((a, b))
+    slow = model.predict(work, Conditions(less, other, overlap))
+    fast = model.predict(work, Conditions(more, other, overlap))
+    assert fast <= slow * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), works(), shares, shares, shares)
+def test_a_busier_neighbour_never_predicts_faster(model, work, own, a, b):
+    less, more = sorted((a, b))
+    times = [model.predict(work, Conditions(own, other, 1.0)) for other in (less, more)]
+    alone = model.predict(work, Conditions(own))
+    assert alone <= times[0] * (1 + 1e-9)
+    assert times[0] <= times[1] * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), works(), shares, shares, st.floats(0, 1))
+def test_features_times_coefficients_is_the_prediction(model, work, own, other, overlap):
+    conditions = Conditions(own, other, overlap)
+    product = float(model.features(work, conditions) @ model.get(work.phase))
+    assert product == pytest.approx(model.predict(work, conditions))
+
+
+def test_shares_that_do_not_fit_are_normalised():
+    assert effective_share(0.6, 0.4) == 0.6
+    assert effective_share(1.0, 1.0) == 0.5
+    assert effective_share(0.8, 1.0) == pytest.approx(0.8 / 1.8)
+    assert effective_share(0.8, 0.0) == 0.8
+
+
+def test_work_of_steps():
+    ints = lambda *values: np.array(values, np.int32).tobytes()  # noqa: E731
+    decode = DecodeStep(1, ints(5, 9), ints(1, 2), 1, ints(1, 2), b"")
+    assert work_of(decode) == Work("decode", 2, 2, 14, 14)
+    prefill = PrefillStep(
+        step_id=2,
+        token_ids=ints(*range(7)),
+        cu_q_lens=ints(0, 3, 7),
+        context_lens=ints(3, 10),
+        rows=ints(1, 2),
+        samples=b"",
+        table_width=1,
+        page_table=ints(1, 2),
+        sampling=b"",
+    )
+    # 1 + 2 + 3 pairs, then 7 + 8 + 9 + 10.
+    assert work_of(prefill) == Work("prefill", 2, 7, 13, 40)
+
+
+def samples(rng, model, num, *, noise=0.02, outliers=0.0):
+    made = []
+    for _ in range(num):
+        rows = int(rng.integers(1, 256))
+        contexts = rows * int(rng.integers(50, 4000))
+        work = Work("decode", rows, rows, contexts, contexts)
+        if rng.random() < 0.5:
+            tokens = int(rng.integers(16, 4096))
+            pairs = tokens * int(rng.integers(tokens // 2 + 1, 8000))
+            work = Work("prefill", 1, tokens, 8000, pairs)
+        own, other = rng.choice([0.2, 0.4, 0.6, 0.8, 1.0], 2)
+        conditions = Conditions(float(own), float(other), float(rng.integers(0, 2)))
+        factor = float(np.exp(noise * rng.standard_normal()))
+        if rng.random() < outliers:
+            factor *= float(rng.uniform(3, 20))
+        made.append(Sample(work, conditions, factor * model.predict(work, conditions)))
+    return made
+
+
+def true_model():
+    return LatencyModel({"prefill": PREFILL, "decode": DECODE}, 1 / 3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recursive_least_squares_recovers_coefficients_despite_outliers(seed):
+    rng, model = np.random.default_rng(seed), true_model()
+    prior = DECODE * rng.uniform(0.5, 1.6, DECODE.size)
+    fit = RecursiveLeastSquares(prior, 0.5 * DECODE)
+    for s in samples(rng, model, 6000, noise=0.005, outliers=0.05):
+        if s.work.phase == "decode":
+            fit.update(model.features(s.work, s.conditions), s.seconds)
+    np.testing.assert_allclose(fit.coefficients, DECODE, rtol=0.1)
+
+
+def test_coefficients_never_become_negative():
+    rng = np.random.default_rng(0)
+    fit = RecursiveLeastSquares(np.full(2, 1e-3), np.full(2, 1e-2))
+    for _ in range(200):
+        x = rng.uniform(1, 2)
+        fit.update(np.array([1.0, x]), 3e-3 - 1e-3 * x)
+        assert (fit.coefficients >= 0).all()
+
+
+def test_recursive_least_squares_follows_a_machine_that_slows_down():
+    rng = np.random.default_rng(1)
+    model, slow = true_model(), LatencyModel({"prefill": PREFILL, "decode": 2 * DECODE}, 1 / 3)
+    fit = RecursiveLeastSquares(DECODE, 0.3 * DECODE)
+    for s in samples(rng, slow, 8000):
+        if s.work.phase == "decode":
+            fit.update(model.features(s.work, s.conditions), s.seconds)
+    model.set("decode", fit.coefficients)
+    assert profile.mean_error(model, samples(rng, slow, 500))["decode"] < 0.05
+
+
+def test_fit_recovers_a_model_and_a_file_keeps_it():
+    rng, model = np.random.default_rng(2), true_model()
+    fitted = profile.fit(samples(rng, model, 2000), saturation=1 / 3)
+    np.testing.assert_allclose(fitted.get("prefill"), PREFILL, rtol=0.1)
+    np.testing.assert_allclose(fitted.get("decode"), DECODE, rtol=0.1)
+    kept = profile.Profile(
+        source="measured",
+        device="d",
+        model="m",
+        saturation=1 / 3,
+        coefficients=profile.named(fitted),
+    )
+    again = profile.from_json(profile.to_json(kept))
+    assert again == kept
+    np.testing.assert_array_equal(profile.model_of(again).get("decode"), fitted.get("decode"))
+
+
+def test_fit_leaves_out_what_would_be_negative():
+    rng, model = np.random.default_rng(3), true_model()
+    no_contention = PREFILL.copy()
+    no_contention[-1] = 0
+    model.set("prefill", no_contention)
+    fitted = profile.fit(samples(rng, model, 400, noise=0.1), saturation=1 / 3)
+    assert (fitted.get("prefill") >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"schema": "semipd.latency/2"}, "schema is 'semipd.latency/2'"),
+        ({"saturation": 0.0}, "saturation is 0.0"),
+        ({"source": "guessed"}, "guessed"),
+        ({"coefficients": {"prefill": {}}}, "coefficients.prefill"),
+    ],
+)
+def test_bad_profiles_are_refused_by_name(change, named):
+    good = profile.Profile(
+        source="modelled",
+        device="d",
+        model="m",
+        saturation=0.5,
+        coefficients=profile.named(true_model()),
+    )
+    broken = json.loads(profile.to_json(good)) | change
+    with pytest.raises(ConfigError, match=named):
+        profile.from_json(json.dumps(broken))
+
+
+def test_negative_coefficient_is_refused():
+    values = profile.named(true_model())
+    values["decode"]["rows"] = -1.0
+    bad = profile.Profile(
+        source="modelled", device="d", model="m", saturation=0.5, coefficients=values
+    )
+    with pytest.raises(ConfigError, match=r"decode\.rows is -1\.0"):
+        profile.from_json(profile.to_json(bad))
