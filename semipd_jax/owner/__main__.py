@@ -6,6 +6,7 @@ can take the memory with it.
 """
 
 import contextlib
+import logging
 import select
 from typing import Final
 
@@ -16,12 +17,13 @@ from semipd_jax.messages import MemoryLayout
 from semipd_jax.models.checkpoint import Checkpoint, open_checkpoint
 from semipd_jax.models.registry import load_spec
 from semipd_jax.models.spec import ModelSpec
-from semipd_jax.owner.plan import NUM_WORKERS, activation_bytes, plan_memory
+from semipd_jax.owner.plan import activation_bytes, max_num_workers, plan_memory, summary
 from semipd_jax.shares import backend as shares
 from semipd_jax.storage.backend import Memory, Reservation, backend
 from semipd_jax.storage.server import MemoryServer
 
 _TICK_S: Final = 5.0
+_log = logging.getLogger(__name__)
 
 
 def main(child: Child) -> None:
@@ -45,7 +47,9 @@ def _reserve_and_load(
     spec = load_spec(model.path)
     checkpoint = open_checkpoint(model.path, spec, model.load_format, model.seed)
     budget = memory.budget(
-        config.cache.gpu_memory_utilization, NUM_WORKERS, activation_bytes(spec, config)
+        config.cache.gpu_memory_utilization,
+        max_num_workers(config),
+        activation_bytes(spec, config),
     )
     plan = plan_memory(
         spec,
@@ -54,6 +58,7 @@ def _reserve_and_load(
         budget=budget,
         default_dtype=default_dtype,
     )
+    _log.info("%s", summary(plan, budget))
     weights, state = memory.reserve(plan.weights), memory.reserve(plan.state)
     _load_weights(child, spec, checkpoint, weights)
     return plan.layout, [weights, state]

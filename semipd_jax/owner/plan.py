@@ -11,9 +11,6 @@ from semipd_jax.models.spec import ModelSpec
 from semipd_jax.storage.budget import Budget
 from semipd_jax.storage.manifest import ALIGNMENT, STATE, WEIGHTS, Region, lay_out, numpy_dtype
 
-NUM_WORKERS: Final = 2
-"""One per phase."""
-
 _POOL_SHARE: Final = 0.25
 """Most of what the weights leave that the KV pool takes from memory that others need too."""
 
@@ -78,11 +75,15 @@ def plan_memory(
     return MemoryPlan(weights, state, layout)
 
 
+def max_num_workers(config: EngineConfig) -> int:
+    """One per rung and phase, and one per phase at a share off its ladder."""
+    return sum(len(config.shares.rungs(phase)) + 1 for phase in ("prefill", "decode"))
+
+
 def activation_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """An upper estimate of what one worker's largest step allocates: activations and logits.
 
-    Weights keep their input width last or first and may be fused along the other axis, so their
-    longest dimension, the vocabulary's apart, bounds the widest activation of a token.
+    The widest activation of a token is as wide as a weight, which may be fused of several.
     """
     limits = config.scheduler
     dims = [dim for weight in spec.weights for dim in weight.shape if dim != spec.vocab_size]
@@ -100,6 +101,16 @@ def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
             f"max_model_len is {asked}; allowed: 2 to {spec.max_model_len}, the model's own limit"
         )
     return asked
+
+
+def summary(plan: MemoryPlan, budget: Budget) -> str:
+    """One line for the log."""
+    layout = plan.layout
+    num_tokens = (layout.num_pages - 1) * layout.page_size
+    return (
+        f"memory: {_gib(layout.weight_bytes)} of weights ({layout.dtype}), "
+        f"{_gib(layout.kv_bytes)} of KV pages for {num_tokens} tokens; {_available(budget)}"
+    )
 
 
 def _page_bytes(spec: ModelSpec, page_size: int, dtype: str) -> int:

@@ -159,7 +159,7 @@ def host(config: ShareConfig, run_dir: str, num_sms: int) -> Iterator[Mapping[st
                 if config.mps == "on":
                     raise StartupError(f"mps is 'on', but: {error}") from error
                 _log.warning("SM shares are not kept, processes take turns: %s", error)
-        elif min(config.prefill, config.decode) < 1.0:
+        elif min(*config.rungs("prefill"), *config.rungs("decode")) < 1.0:
             _log.warning("SM shares are not kept: mps is 'off'")
         yield {
             "mps": config.mps if control else "off",
@@ -255,13 +255,17 @@ def _running() -> Control | None:
         servers = control.servers()
         if named is None:  # nobody vouches for it
             daemon = int((Path(pipe_directory) / f"{CONTROL}.pid").read_text())
-            users = {os.stat(f"/proc/{pid}").st_uid for pid in (daemon, *servers)}
+            users = {_uid_of(pid) for pid in (daemon, *servers)}
             if not users <= {0, os.geteuid()}:
                 return None
     except (StartupError, OSError, ValueError):
         return None
     _log.info("uses the MPS daemon in %s", pipe_directory)
     return control
+
+
+def _uid_of(pid: int) -> int:
+    return os.stat(f"/proc/{pid}").st_uid
 
 
 def _control(terms: Mapping[str, str]) -> Control | None:

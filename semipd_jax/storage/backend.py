@@ -99,7 +99,7 @@ def backend(platform: Platform) -> Backend:
 def worker_environment(platform: Platform, fraction: float | None) -> dict[str, str | None]:
     """What to set (None: remove) before jax is imported.
 
-    Without JAX_PLATFORMS jax loads every plugin that is installed, usable or not.
+    Without JAX_PLATFORMS an installed GPU plugin complains where there is no GPU.
 
     Args:
       fraction: of the device's memory that jax may allocate for itself; None is no limit.

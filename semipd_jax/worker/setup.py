@@ -20,8 +20,10 @@ from semipd_jax.storage.mapping import map_regions
 
 
 def start_jax(platform: Platform, config: EngineConfig) -> None:
-    """Starts the backend, on one device. Raises StartupError if it does not start."""
-    jax.config.update("jax_platforms", platform)
+    """Starts the backend that the environment names, on one device.
+
+    Raises StartupError if it does not start.
+    """
     jax.config.update("jax_cuda_visible_devices", "0")
     enable_cache(config.compile_cache_dir)
     try:

@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
+from fake_cuda_driver import FakeDriver
 
-from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, Platform, SchedulerConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import ChildSpec, Failed, FromChild, MemoryLayout, Progress, Ready
 from semipd_jax.models.checkpoint import open_checkpoint
@@ -66,13 +68,19 @@ def config(tmp_path: Path) -> EngineConfig:
     return engine_config(tmp_path / "model")
 
 
-def spec_line(config: EngineConfig, run_dir: str) -> bytes:
-    spec = ChildSpec(name="memory owner", run_dir=run_dir, config=config)
+def spec_line(config: EngineConfig, run_dir: str, platform: Platform = "cpu") -> bytes:
+    spec = ChildSpec(name="memory owner", run_dir=run_dir, config=config, platform=platform)
     return msgspec.json.encode(spec) + b"\n"
 
 
 class Owner(subprocess.Popen[bytes]):
-    def __init__(self, config: EngineConfig, run_dir: str, stderr: int = subprocess.PIPE) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        run_dir: str,
+        stderr: int = subprocess.PIPE,
+        platform: Platform = "cpu",
+    ) -> None:
         super().__init__(
             [sys.executable, "-m", "semipd_jax.owner"],
             stdin=subprocess.PIPE,
@@ -80,7 +88,7 @@ class Owner(subprocess.Popen[bytes]):
             stderr=stderr,
         )
         assert self.stdin
-        self.stdin.write(spec_line(config, run_dir))
+        self.stdin.write(spec_line(config, run_dir, platform))
         self.stdin.flush()
         self.progress: list[Progress] = []
 
@@ -143,6 +151,47 @@ def test_loads_serves_and_leaves_nothing_behind(config: EngineConfig, run_dir: s
         for entry in regions["state"].region.arrays:
             assert not host_view(regions["state"], entry.path).any()
         assert os.listdir("/dev/shm") == shared_memory_files
+        assert owner.end() == (0, "")
+    assert os.listdir(run_dir) == []
+
+
+def test_serves_device_memory(
+    config: EngineConfig, run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole process on a GPU whose driver is `fake_cuda_driver`, outside MPS."""
+    fake = """
+        import os
+        from fake_cuda_driver import FakeDriver
+
+        class Driver(FakeDriver):
+            def cuInit(self, flags):
+                assert not os.path.exists(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
+                return super().cuInit(flags)
+
+        Driver(total_bytes=80 << 30).install()
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(fake))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype="bfloat16"),
+        cache=CacheConfig(memory_bytes=4 << 20),
+    )
+    with running(config, run_dir, platform="cuda") as owner:
+        layout = owner.hear().layout
+        assert (layout.dtype, layout.num_pages) == ("bfloat16", (4 << 20) // (2 * 2 * 4 * 16 * 16 * 2))
+        assert 0 < layout.worker_fraction < 0.001
+        FakeDriver().install(monkeypatch)
+        regions = map_regions(run_dir, "cuda", 10.0)
+        spec = load_spec(config.model.path)
+        expected = open_checkpoint(config.model.path, spec, "dummy", config.model.seed)
+        for weight in spec.weights:
+            want = np.empty(weight.shape, ml_dtypes.bfloat16)
+            expected.read(weight, want)
+            assert np.array_equal(host_view(regions["weights"], weight.path), want)
+        for entry in regions["state"].region.arrays:
+            assert not host_view(regions["state"], entry.path).any()
         assert owner.end() == (0, "")
     assert os.listdir(run_dir) == []
 

@@ -5,10 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, ShareConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.models.spec import KVArray, ModelSpec, WeightSpec
-from semipd_jax.owner.plan import MemoryPlan, activation_bytes, plan_memory
+from semipd_jax.owner.plan import (
+    MemoryPlan,
+    activation_bytes,
+    max_num_workers,
+    plan_memory,
+    summary,
+)
 from semipd_jax.storage.budget import Budget
 from semipd_jax.storage.manifest import ALIGNMENT, check
 
@@ -147,6 +153,20 @@ def test_activations_of_a_step_grow_with_its_tokens_and_rows() -> None:
 
     assert of(200, 4) - of(100, 4) == 100 * 16 * 4 * 4  # the widest activation, float32, 4 alive
     assert of(100, 5) - of(100, 4) == 50 * 4 * 4
+
+
+def test_every_rung_is_a_worker_and_each_phase_may_have_one_more() -> None:
+    shares = ShareConfig(prefill=0.6, ladder=(0.8, 1.0), decode_ladder=())
+    config = EngineConfig(model=ModelConfig(path="/model"), shares=shares)
+    assert max_num_workers(config) == (3 + 1) + (1 + 1)
+
+
+def test_summary_says_what_memory_is_for() -> None:
+    budget = Budget(available_bytes=GIB)
+    config = EngineConfig(model=ModelConfig(path="/model"))
+    memory = plan_memory(model(), config, eos_token_ids=(), budget=budget, default_dtype=None)
+    tokens = (memory.layout.num_pages - 1) * 16
+    assert f"of KV pages for {tokens} tokens; 1.00 GiB" in summary(memory, budget)
 
 
 def test_too_little_memory_says_how_that_came_about() -> None:

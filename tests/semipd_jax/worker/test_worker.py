@@ -269,6 +269,17 @@ def test_start_reports_every_bucket_and_a_bad_step_ends_the_process(engine, work
     assert engine.heard(process, Exited).status == 1
 
 
+def test_worker_on_a_cpu_is_quiet_about_gpus(engine, workers, monkeypatch, capfd):
+    """An installed plugin complains if there is no GPU, unless it is told that none is wanted."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    process = engine.start("prefill-5", "prefill")
+    assert engine.receive(WorkerReady).worker_id == "prefill-5"
+    process.ask_to_stop()
+    assert engine.heard(process, Exited).status == 0
+    engine.processes.remove(process)
+    assert capfd.readouterr().err == ""
+
+
 def test_weights_of_another_model_are_refused(engine, tmp_path):
     other = tmp_path / "config.json"
     other.write_text(json.dumps(TINY_CONFIG | {"intermediate_size": 64}))
