@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import arrivals, checkpoint, common, workload
+from benchmarks import checkpoint, common, workload
 from benchmarks.coordinator_step import step_times_s
 from benchmarks.fake_worker import STEP_S
 from benchmarks.load import run_load
@@ -32,6 +32,7 @@ from benchmarks.semipd import sender, wait_until_ready
 from semipd_jax import options
 from semipd_jax.launch.launcher import FrontEnd, Launcher, Modules
 from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
+from semipd_jax.simulator import arrivals
 from semipd_jax.transport.channels import CLIENTS, Link
 from semipd_server.client import AsyncClient
 from semipd_server.settings import Settings

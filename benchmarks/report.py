@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import common
 from benchmarks.load import LoadRun
 from benchmarks.metrics import Distribution, Slo, latencies, summarise
-from benchmarks.traces import Clipping, TraceRow
+from semipd_jax.simulator.traces import Clipping, TraceRow
 
 
 def print_runs(runs: Sequence[LoadRun], slo: Slo) -> None:

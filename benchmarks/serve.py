@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import arrivals, common, compare, traces, workload
+from benchmarks import common, compare, workload
 from benchmarks.load import LoadRun, Send, run_load
 from benchmarks.metrics import Slo, latencies, summarise
 from benchmarks.report import print_runs, trace_note
 from benchmarks.semipd import running_server, sender, wait_until_ready
 from semipd_jax.demo import MODEL_DIR
+from semipd_jax.simulator import arrivals, traces
 from semipd_server.client import AsyncClient
 from semipd_server.pb import inference_pb2 as pb
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.traces import TraceRow
+from semipd_jax.simulator.traces import TraceRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,13 +103,13 @@ def named(model: LatencyModel) -> dict[Phase, dict[str, float]]:
 
 def _non_negative(rows: np.ndarray) -> np.ndarray:
     """Coefficients ≥ 0 with rows · coefficients near 1: negative ones are left out, one by one."""
-    columns = np.arange(rows.shape[1])
+    columns = list(range(rows.shape[1]))
     while True:
         scale = np.linalg.norm(rows[:, columns], axis=0)
         kept, *_ = np.linalg.lstsq(rows[:, columns] / scale, np.ones(len(rows)))
-        if (kept >= 0).all() or columns.size == 1:
+        if (kept >= 0).all() or len(columns) == 1:
             break
-        columns = np.delete(columns, kept.argmin())
+        del columns[int(kept.argmin())]
     coefficients = np.zeros(rows.shape[1])
     coefficients[columns] = np.maximum(kept / scale, 0.0)
     return coefficients

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.arrivals import poisson
-from benchmarks.traces import TraceRow
 from benchmarks.workload import fixed, replayed
+from semipd_jax.simulator.arrivals import poisson
+from semipd_jax.simulator.traces import TraceRow
 
 
 @pytest.mark.parametrize("burstiness", [1.0, 0.25, 4.0])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.traces import (
+from semipd_jax.simulator.traces import (
     Clipping,
     TraceRow,
     clip,

@@ -1,0 +1,1 @@
+"""The engine on a virtual clock: the same coordinator and tuner, modelled workers."""
