@@ -3,11 +3,14 @@
 Shapes and dtypes are known while tracing, so these checks cost nothing when a program runs.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from kernels_pallas.compat import target
 
 type Implementation = Literal["reference", "mosaic_gpu", "triton"]
 
@@ -63,9 +66,39 @@ def require_options(scale: float | None, window: int | None, soft_cap: float | N
     require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "above 0, or None")
 
 
+class UnsupportedError(ValueError):
+    """An implementation does not do what the op allows."""
+
+
+def require_supported(ok: bool, name: str, value: object, allowed: str) -> None:
+    """As `require`, but for what only this implementation does not allow."""
+    if not ok:
+        raise UnsupportedError(f"{name} is {value!r}; allowed: {allowed}")
+
+
 def choose[F: Callable](table: Mapping[Implementation, F], name: Implementation | None) -> F:
-    """The implementation called `name`; None is the first, which runs on every platform."""
-    if name is None:
-        return next(iter(table.values()))
-    require(name in table, "implementation", name, ", ".join(table))
-    return table[name]
+    """The implementation called `name`.
+
+    None is the first that supports the arguments, in order of preference on the device that the
+    program is traced for (`compat.target`).
+    """
+    if name is not None:
+        require(name in table, "implementation", name, ", ".join(table))
+        return table[name]
+    candidates = [table[name] for name in _preferences(target().capability) if name in table]
+
+    def first_supported(*args, **options):
+        for function in candidates[:-1]:
+            with contextlib.suppress(UnsupportedError):
+                return function(*args, **options)
+        return candidates[-1](*args, **options)
+
+    return cast(F, first_supported)
+
+
+def _preferences(capability: int) -> tuple[Implementation, ...]:
+    if capability == 0:
+        return ("reference",)
+    if capability == 90:  # wgmma is of Hopper alone
+        return ("mosaic_gpu", "triton", "reference")
+    return ("triton", "reference")

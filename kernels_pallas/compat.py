@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as pltriton
 from jax.extend.backend import get_default_device
 
-__all__ = ["Target", "pl", "plgpu", "pltriton", "target", "triton_call"]
+__all__ = ["Target", "pl", "plgpu", "pltriton", "target", "tiled_smem", "triton_call"]
 
 
 class Target(NamedTuple):
@@ -40,6 +40,17 @@ def target() -> Target:
         return Target(0, 0)
     num_sms = device.core_count if hasattr(device, "core_count") else device.num_cores
     return Target(pltriton.get_gpu_info().compute_capability, num_sms)
+
+
+def tiled_smem(shape: tuple[int, ...], dtype: Any, *, swizzle: int = 128) -> Any:
+    """Shared memory for an array of 16-bit items, in the layout that TMA writes and wgmma reads.
+
+    Args:
+      swizzle: bytes of a row of a tile; its items divide the last dimension.
+    """
+    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 
 
 def triton_call(

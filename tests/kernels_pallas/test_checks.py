@@ -70,7 +70,7 @@ WRONG = [
     *((op, "scale", 0.0, ValueError) for op in ATTENTION),
     *((op, "window", 0, ValueError) for op in ATTENTION),
     *((op, "soft_cap", -1.0, ValueError) for op in ATTENTION),
-    *((op, "implementation", "triton", ValueError) for op in VALID),
+    *((op, "implementation", "cudnn", ValueError) for op in VALID),
     (paged_decode_attention, "page_table", ints(4, 2), ValueError),
     (paged_prefill_attention, "page_table", ints(0, 2), ValueError),
     (paged_prefill_attention, "cu_q_lens", ints(3), ValueError),
