@@ -318,7 +318,11 @@ class Launcher:
             slot.name,
             phase=slot.phase,
             share=slot.share,
-            extra={"worker_id": slot.worker_id, **self._share_terms},
+            extra={
+                "worker_id": slot.worker_id,
+                "is_extra": str(slot.is_extra),
+                **self._share_terms,
+            },
         )
         slot.process = self._spawn(self._modules.worker, spec)
 

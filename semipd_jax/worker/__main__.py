@@ -1,5 +1,6 @@
 """`python -m semipd_jax.worker`: a child process of the launcher."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ from semipd_jax.messages import FromWorker, ToWorker, WorkerReady
 from semipd_jax.shares import backend as shares
 from semipd_jax.storage.backend import worker_environment
 from semipd_jax.transport.channels import WORKERS, Link
+from semipd_jax.worker.priority import giving_way
 
 _MAP_TIMEOUT_S: Final = 30.0
 
@@ -24,12 +26,14 @@ def main(child: Child) -> None:
         raise StartupError("a worker needs a memory layout, a phase, a share and a worker_id")
     grant = shares.apply(spec.platform, spec.share, spec.phase, spec.extra)
     _set_environment(worker_environment(spec.platform, spec.layout.worker_fraction))
-    from semipd_jax.worker import loop, setup  # they start jax, which must see all this
+    is_extra = spec.extra.get("is_extra") == "True"
+    with giving_way() if is_extra else contextlib.nullcontext():
+        from semipd_jax.worker import loop, setup  # they start jax, which must see all this
 
-    setup.start_jax(spec.platform, spec.config)
-    runner, compiles = setup.build_runner(
-        child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S
-    )
+        setup.start_jax(spec.platform, spec.config)
+        runner, compiles = setup.build_runner(
+            child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S
+        )
     _log.info("runs on %s", grant.verify())
     gc.collect()
     gc.freeze()  # what start-up made lives on: no collection has to look at it again

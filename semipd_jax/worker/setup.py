@@ -29,7 +29,8 @@ def start_jax(platform: Platform, config: EngineConfig) -> None:
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:  # a plugin that fails leaves no backend at all
-        raise StartupError(f"jax does not start on {platform!r}: {error}") from error
+        reason = str(error) or "its plugin failed"
+        raise StartupError(f"jax does not start on {platform!r}: {reason}") from error
 
 
 def build_runner(

@@ -1,0 +1,38 @@
+import os
+import threading
+
+import pytest
+
+from semipd_jax.worker import priority
+
+
+def niceness_of_threads() -> set[int]:
+    return {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+
+
+@pytest.fixture
+def second_thread():
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("second_thread")
+def test_every_thread_gives_way_and_comes_back():
+    before = niceness_of_threads()
+    if not priority._may_return_to(0):
+        pytest.skip("this user may not raise a priority")
+    with priority.giving_way():
+        assert niceness_of_threads() == {19}
+    assert niceness_of_threads() == before
+
+
+@pytest.mark.usefixtures("second_thread")
+def test_no_way_down_without_a_way_back(monkeypatch):
+    monkeypatch.setattr(priority, "_may_return_to", lambda _: False)
+    before = niceness_of_threads()
+    with priority.giving_way():
+        assert niceness_of_threads() == before
