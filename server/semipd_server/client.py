@@ -9,6 +9,7 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing
@@ -22,6 +23,7 @@ from semipd_jax.request import Delta, Event
 from semipd_server.convert import event_from, prompt_fields, sampling_message
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.settings import KEY_VARIABLE
 from semipd_server.status import error_from
 
 _OPTIONS: Final = (
@@ -36,11 +38,22 @@ _UNARY_TIMEOUT_S: Final = 60.0
 class Client:
     """Blocking; may be shared by threads.
 
+    Args:
+      api_key: one that the server accepts.
+      credentials: for TLS; see `grpc.ssl_channel_credentials`.
+
     Every method raises the `semipd_jax.errors` that the server meant, TimeoutError after
     `timeout_s`, and grpc.RpcError for anything else.
     """
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._metadata = _metadata(api_key)
         self._channel = (
             grpc.insecure_channel(target, _OPTIONS)
             if credentials is None
@@ -62,7 +75,9 @@ class Client:
           prompt: text, token ids, or chat messages ({"role": …, "content": …}).
           sampling: fields of `request.SamplingParams`; absent ones are the model's defaults.
         """
-        call = self._stub.Generate(_request(prompt, request_id, sampling), timeout=timeout_s)
+        call = self._stub.Generate(
+            _request(prompt, request_id, sampling), timeout=timeout_s, metadata=self._metadata
+        )
         try:
             for response in call:
                 yield event_from(response)
@@ -102,7 +117,7 @@ class Client:
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=_UNARY_TIMEOUT_S)
+            return method(request, timeout=_UNARY_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from(error) from error
 
@@ -110,7 +125,14 @@ class Client:
 class AsyncClient:
     """`Client` on an event loop."""
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._metadata = _metadata(api_key)
         self._channel = (
             grpc.aio.insecure_channel(target, _OPTIONS)
             if credentials is None
@@ -127,7 +149,9 @@ class AsyncClient:
         **sampling: Any,
     ) -> AsyncGenerator[Event]:
         """See `Client.generate`."""
-        call = self._stub.Generate(_request(prompt, request_id, sampling), timeout=timeout_s)
+        call = self._stub.Generate(
+            _request(prompt, request_id, sampling), timeout=timeout_s, metadata=self._metadata
+        )
         try:
             async for response in call:
                 yield event_from(response)
@@ -170,9 +194,13 @@ class AsyncClient:
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=_UNARY_TIMEOUT_S)
+            return await method(request, timeout=_UNARY_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from(error) from error
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def _request(prompt: Prompt, request_id: str, sampling: dict[str, Any]) -> pb.GenerateRequest:
@@ -183,15 +211,17 @@ def _request(prompt: Prompt, request_id: str, sampling: dict[str, Any]) -> pb.Ge
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m semipd_server.client", description="Print a completion as it comes."
+        prog="python -m semipd_server.client",
+        description=f"Print a completion as it comes. The API key is taken from ${KEY_VARIABLE}.",
     )
     parser.add_argument("prompt")
     parser.add_argument("--target", default="127.0.0.1:50051", help="address of the server")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)
     args = parser.parse_args(argv)
+    api_key = os.environ.get(KEY_VARIABLE)
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    with Client(args.target) as client:
+    with Client(args.target, api_key=api_key) as client:
         try:
             for event in client.generate(args.prompt, **sampling):
                 if isinstance(event, Delta):

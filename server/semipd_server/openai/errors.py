@@ -28,7 +28,11 @@ _STATUSES: Final[dict[type[Exception], int]] = {
 }
 _TYPES: Final = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 _CODES: Final = {429: "queue_full", 503: "unavailable"}
-_FIELDS: Final = {"chat": "messages", "include_stop": "include_stop_str_in_output"}
+_FIELDS: Final = {
+    "chat": "messages",
+    "ids": "tokens",
+    "include_stop": "include_stop_str_in_output",
+}
 """Our name of a field → OpenAI's or vLLM's."""
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,257 @@
+"""Clients that mean no good, and a model directory that does not either."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai_rig import openai_client, request, while_serving
+from server_rig import Rig, Start, serving
+from tiny_tokenizers import save_byte_level
+
+from semipd_jax.request import FinishReason
+from semipd_jax.text.tokenizer import load_tokenizer
+from semipd_server.openai import server
+from semipd_server.openai.schema import INERT, ChatRequest, CompletionRequest
+
+
+def http_request(body: dict[str, Any]) -> bytes:
+    text = json.dumps(body)
+    lines = (
+        "POST /v1/completions HTTP/1.1",
+        "host: x",
+        "content-type: application/json",
+        f"content-length: {len(text)}",
+    )
+    return ("\r\n".join((*lines, "", "")) + text).encode()
+
+
+def connections(rig: Rig) -> set[Any]:
+    return rig.front_end._http._server.server_state.connections  # pyright: ignore
+
+
+def connect(rig: Rig, **options: int) -> socket.socket:
+    host, port = rig.url.removeprefix("http://").rsplit(":", 1)
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    for name, value in options.items():
+        client.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    client.connect((host, int(port)))
+    client.setblocking(False)
+    return client
+
+
+async def until_closed(client: socket.socket) -> bytes:
+    loop, received = asyncio.get_running_loop(), b""
+    async with asyncio.timeout(10):
+        while piece := await loop.sock_recv(client, 1 << 16):
+            received += piece
+    return received
+
+
+async def still_serves(rig: Rig) -> bool:
+    body = {"prompt": "Hi", "max_tokens": 1}
+    return (await request(rig, "POST", "/v1/completions", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"])
+def test_a_connection_without_a_request_is_closed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
+):
+    monkeypatch.setattr(server, "_FIRST_REQUEST_TIMEOUT_S", 0.2)
+
+    async def main():
+        async with start() as rig:
+            with connect(rig) as client:
+                client.send(sent)
+                with contextlib.suppress(ConnectionResetError):
+                    assert await until_closed(client) == b""
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_a_client_that_never_reads_loses_its_request_and_delays_nobody(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server, "_STALL_TIMEOUT_S", 1.0)
+    body = {"prompt": [5], "n": 16, "max_tokens": 60, "logprobs": 20, "stream": True}
+
+    async def main():
+        async with start() as rig:
+            with connect(rig, SO_RCVBUF=4096) as client:
+                while not connections(rig):
+                    await asyncio.sleep(0.001)
+                [connection] = connections(rig)
+                ours = connection.transport.get_extra_info("socket")
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                client.send(http_request(body))
+                await rig.fake.until(lambda: len(rig.fake.running) == 16, stepping=False)
+                assert await still_serves(rig)
+                await rig.fake.until(lambda: connection not in connections(rig))
+                assert connection.transport.get_write_buffer_size() < 1 << 18
+            await rig.fake.until(lambda: not rig.fake.running)
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_small_writes_are_not_held_back(start: Start):
+    async def main():
+        async with start() as rig:
+            with connect(rig):
+                while not connections(rig):
+                    await asyncio.sleep(0.001)
+                [connection] = connections(rig)
+                ours = connection.transport.get_extra_info("socket")
+                assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00", b"GET / HTTP/9.9\r\n\r\n", b"x" * (1 << 18), b"\r\n" * 5000]
+)
+def test_what_is_no_http_ends_the_connection(start: Start, sent: bytes):
+    async def main():
+        async with start() as rig:
+            with connect(rig) as client, contextlib.suppress(ConnectionError):
+                await asyncio.get_running_loop().sock_sendall(client, sent + b"\r\n\r\n")
+                answer = await until_closed(client)
+                assert answer == b"" or b"400" in answer
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_a_vanished_client_aborts(start: Start):
+
+    async def main():
+        async with start() as rig:
+            client = connect(rig)
+            client.send(http_request({"prompt": [5], "max_tokens": 60}))
+            await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+            client.close()
+            await rig.fake.until(lambda: rig.fake.aborted == [FinishReason.ABORT], stepping=False)
+
+    asyncio.run(main())
+
+
+def test_more_connections_than_allowed_are_told_so(start: Start):
+    async def main():
+        async with start(max_calls=3) as rig:
+            idle = [connect(rig) for _ in range(3)]
+            while len(connections(rig)) < 3:
+                await asyncio.sleep(0.001)
+            reply = await request(rig, "GET", "/version")
+            assert reply.status_code == 503
+            for client in idle:
+                client.close()
+            while connections(rig):
+                await asyncio.sleep(0.001)
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
+    "{{ lipsum.__globals__['os'].system('touch MARK') }}",
+    "{{ raise_exception('no') }}",
+    "{{ undefined_function() }}",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_chat_template_is_an_error_and_runs_nothing(
+    run_dir: str, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(save_byte_level(tmp_path / "model", chat_template=template))
+
+    async def main():
+        async with serving(run_dir, tokenizer) as rig:
+            body = {"messages": [{"role": "user", "content": "x"}]}
+            reply = await request(rig, "POST", "/v1/chat/completions", json=body)
+            assert reply.status_code == 400
+            assert reply.json()["error"]["param"] == "messages"
+            assert rig.fake.submitted == []
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+    assert not (tmp_path / "MARK").exists()
+
+
+# ---------------------------------------------------------------- anything at all as a body
+
+_leaf = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+)
+_json = st.recursive(
+    _leaf,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+_likely = st.sampled_from(
+    [1, 2, 0, -1, 0.5, True, "x", ["x"], [1], [[1]], {"5": 1.0}, {"include_usage": True}, None]
+)
+_names = sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *INERT})
+_message = st.fixed_dictionaries({"role": st.sampled_from(["user", "x"]), "content": st.text()})
+_body = st.fixed_dictionaries(
+    {"max_tokens": st.sampled_from([1, 2])},
+    optional={
+        "prompt": st.text(max_size=30) | st.lists(st.integers(0, 450), max_size=5) | _json,
+        "messages": st.lists(_message, max_size=3) | _json,
+    },
+).flatmap(
+    lambda body: st.dictionaries(st.sampled_from(_names), _likely | _json, max_size=2).map(
+        lambda more: more | body
+    )
+)
+
+
+def test_no_body_makes_the_server_fail(start: Start):
+    """Every answer is a success or the client's fault, whatever the body."""
+    paths = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+    bodies: list[Any] = []
+
+    @settings(
+        max_examples=300, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(_body | _json)
+    def draw(body: Any) -> None:
+        bodies.append(body)
+
+    draw()
+
+    async def post(client: httpx2.AsyncClient, rig: Rig, path: str, body: Any) -> httpx2.Response:
+        content = json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        return await while_serving(rig, client.post(path, content=content, headers=headers))
+
+    async def main():
+        async with start() as rig, httpx2.AsyncClient(base_url=rig.url) as client:
+            statuses = set()
+            for i, body in enumerate(bodies):
+                path = paths[i % len(paths)] if i % 3 == 0 else paths[i % 2]
+                reply = await post(client, rig, path, body)
+                assert reply.status_code < 500, (path, body, reply.text)
+                statuses.add(reply.status_code)
+                if reply.status_code >= 400:
+                    assert reply.json()["error"]["message"]
+            assert {200, 400} <= statuses
+            assert rig.fake.running == {}
+            async with openai_client(rig) as openai:
+                create = openai.completions.create(model="tiny", prompt="Hi", max_tokens=2)
+                assert (await while_serving(rig, create)).choices
+
+    asyncio.run(main())

@@ -1,0 +1,242 @@
+"""Who gets in: keys on every call but health, TLS, client certificates."""
+
+import asyncio
+import itertools
+import ssl
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx2
+import openai
+import pytest
+from certificates import Authority
+from google.protobuf import empty_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from openai_rig import openai_client, request, while_serving
+from server_rig import Rig, Start
+from starlette.routing import Route
+
+from semipd_server.auth import Keys
+from semipd_server.client import AsyncClient
+from semipd_server.settings import Settings
+
+KEYS = ("first-key", "second-key")
+LOCKED = Settings(port=0, http_port=0, api_keys=KEYS)
+BAD = [
+    None,
+    "",
+    "first-key",
+    "Bearer",
+    "Bearer ",
+    "Bearer wrong",
+    "Basic first-key",
+    "Bearer first-key2",
+]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls"), "authority")
+
+
+@pytest.mark.parametrize("header", [*BAD, "Bearer \xff", "Bearer \udcff"])
+def test_keys_refuse(header: str | None):
+    assert not Keys(KEYS).allow(header)
+    assert Keys(()).allow(header)
+
+
+@pytest.mark.parametrize("header", ["Bearer first-key", "bearer second-key", "Bearer  first-key "])
+def test_keys_accept(header: str):
+    assert Keys(KEYS).allow(header)
+
+
+def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.MonkeyPatch):
+    compared: list[tuple[bytes, bytes]] = []
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    assert Keys(KEYS).allow("Bearer first-key")
+    assert len(compared) == len(KEYS)
+    assert {len(side) for pair in compared for side in pair} == {32}
+
+
+def all_methods(rig: Rig) -> set[str]:
+    """Full names of every method that the gRPC server has, as it tells those with a key."""
+
+    def ask() -> set[str]:
+        with grpc.insecure_channel(rig.address) as channel:
+            database = ProtoReflectionDescriptorDatabase(
+                grpc.intercept_channel(channel, _WithKey())
+            )
+            names: set[str] = set()
+            for service in database.get_services():
+                file = database.FindFileContainingSymbol(service)
+                for found in file.service:
+                    if f"{file.package}.{found.name}" == service:
+                        names |= {f"/{service}/{method.name}" for method in found.method}
+            return names
+
+    return ask()
+
+
+class _WithKey(grpc.StreamStreamClientInterceptor):
+    def intercept_stream_stream(self, continuation, details, requests):
+        details = details._replace(metadata=(("authorization", f"Bearer {KEYS[0]}"),))
+        return continuation(details, requests)
+
+
+async def code_of(rig: Rig, method: str, header: str | None) -> grpc.StatusCode | None:
+    """The status of a call; None for a health watch, which does not end by itself."""
+    call = rig.channel.stream_stream(
+        method,
+        request_serializer=empty_pb2.Empty.SerializeToString,
+        response_deserializer=empty_pb2.Empty.FromString,
+    )(iter([empty_pb2.Empty()]), metadata=_authorization(header).items(), timeout=5)
+    with suppress(grpc.aio.AioRpcError):
+        if await call.read() is not grpc.aio.EOF and method.endswith("/Watch"):
+            call.cancel()
+            return None
+    return await call.code()
+
+
+def _authorization(header: str | None) -> dict[str, str]:
+    return {} if header is None else {"authorization": header}
+
+
+def test_no_method_but_health_answers_without_a_key(start: Start):
+    async def main():
+        async with start(settings=LOCKED) as rig:
+            methods = await asyncio.to_thread(all_methods, rig)
+            assert len(methods) >= 8
+            for header in BAD:
+                for method in sorted(methods):
+                    code = await code_of(rig, method, header)
+                    is_health = method.startswith("/grpc.health.v1.Health/")
+                    assert (code is grpc.StatusCode.UNAUTHENTICATED) == (not is_health), method
+            health: Any = health_pb2_grpc.HealthStub(rig.channel)
+            status = (await health.Check(health_pb2.HealthCheckRequest())).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+            assert rig.fake.submitted == []
+
+    asyncio.run(main())
+
+
+def routes_of(rig: Rig) -> list[Route]:
+    app = rig.front_end._http._server.config.app._app  # pyright: ignore
+    return list(app.routes)
+
+
+def test_no_route_but_health_answers_without_a_key(start: Start):
+    async def main():
+        async with start(settings=LOCKED) as rig:
+            paths = {route.path for route in routes_of(rig)} | {"/nowhere", "/health/", "//health"}
+            assert len(paths) >= 11
+            headers = [_authorization(h) for h in BAD if h is None or h == h.strip()]
+            async with httpx2.AsyncClient(base_url=rig.url) as client:
+                for path, verb, header in itertools.product(paths, ("GET", "POST"), headers):
+                    ask = client.request(verb, path, headers=header, json={})
+                    reply = await while_serving(rig, ask)
+                    if path == "/health":
+                        assert reply.status_code == (200 if verb == "GET" else 405)
+                    else:
+                        assert reply.status_code == 401, path
+                        assert reply.headers["www-authenticate"] == "Bearer"
+                        assert reply.json()["error"]["code"] == "invalid_api_key"
+
+    asyncio.run(main())
+
+
+def test_clients_with_a_key_get_in(start: Start):
+    async def main():
+        async with start(settings=LOCKED) as rig:
+            for key in KEYS:
+                async with AsyncClient(rig.address, api_key=key) as client:
+                    assert await while_serving(rig, client.complete("Hi", max_tokens=1))
+                async with openai_client(rig, key) as http:
+                    create = http.completions.create(model="tiny", prompt="Hi", max_tokens=1)
+                    assert (await while_serving(rig, create)).choices
+            async with openai_client(rig, "wrong") as http:
+                with pytest.raises(openai.AuthenticationError):
+                    await http.models.list()
+
+    asyncio.run(main())
+
+
+def test_keys_are_shown_nowhere(start: Start, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("DEBUG")
+
+    async def main():
+        async with start(settings=LOCKED) as rig:
+            async with AsyncClient(rig.address, api_key=KEYS[0]) as client:
+                await while_serving(rig, client.complete("Hi", max_tokens=1))
+            headers = {"authorization": f"Bearer {KEYS[0]}"}
+            for path in ("/metrics", "/v1/models", "/nowhere"):
+                reply = await request(rig, "GET", path, headers=headers)
+                assert KEYS[0] not in reply.text
+
+    asyncio.run(main())
+    assert not any(key in caplog.text for key in KEYS)
+    assert not any(key in repr(LOCKED) for key in KEYS)
+    assert "2 API keys" in repr(LOCKED)
+
+
+# ---------------------------------------------------------------- TLS
+
+
+def tls(authority: Authority, *, clients: bool) -> Settings:
+    key, certificate = authority.issue("server")
+    return Settings(
+        port=0,
+        http_port=0,
+        ssl_keyfile=key,
+        ssl_certfile=certificate,
+        ssl_ca_certs=authority.ca if clients else None,
+    )
+
+
+async def over_both(rig: Rig, ca: str, pair: tuple[str, str] | None) -> tuple[bool, bool]:
+    """Whether gRPC and HTTP serve a client that trusts `ca` and has this key and certificate."""
+    key, certificate = (Path(f).read_bytes() for f in pair) if pair else (None, None)
+    credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes(), key, certificate)
+    context = ssl.create_default_context(cafile=ca)
+    if pair:
+        context.load_cert_chain(pair[1], pair[0])
+    found = []
+    async with AsyncClient(rig.address, credentials=credentials) as client:
+        try:
+            found.append((await client.model_info()).name == "tiny")
+        except Exception:
+            found.append(False)
+    async with httpx2.AsyncClient(verify=context) as client:
+        try:
+            found.append((await client.get(f"{rig.url}/v1/models")).status_code == 200)
+        except httpx2.TransportError:
+            found.append(False)
+    return found[0], found[1]
+
+
+def test_tls(start: Start, authority: Authority, tmp_path: Path):
+    async def main():
+        other = Authority(tmp_path, "other")
+        async with start(settings=tls(authority, clients=False)) as rig:
+            assert rig.url.startswith("https://")
+            assert await over_both(rig, authority.ca, None) == (True, True)
+            assert await over_both(rig, other.ca, None) == (False, False)
+            with pytest.raises(httpx2.TransportError):
+                await request(rig, "GET", rig.url.replace("https", "http") + "/health")
+
+    asyncio.run(main())
+
+
+def test_mutual_tls(start: Start, authority: Authority, tmp_path: Path):
+    async def main():
+        other = Authority(tmp_path, "other")
+        async with start(settings=tls(authority, clients=True)) as rig:
+            assert await over_both(rig, authority.ca, authority.issue("client")) == (True, True)
+            assert await over_both(rig, authority.ca, None) == (False, False)
+            assert await over_both(rig, authority.ca, other.issue("client")) == (False, False)
+
+    asyncio.run(main())
