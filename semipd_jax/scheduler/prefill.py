@@ -9,15 +9,19 @@ from semipd_jax.scheduler.state import Chunk, RequestState, SchedulerState, Stag
 from semipd_jax.scheduler.watermark import claim, room
 
 
-def plan_prefill(state: SchedulerState) -> list[Chunk]:
+def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> list[Chunk]:
     """Returns the chunks of the next step, in order; none if there is nothing to prefill or no
     room for it. Requests among them that are still waiting are to be admitted.
 
     A waiting request is admitted when its claim (`scheduler.watermark`) fits beside those of the
     running ones. One that does not fit is not passed by others that wait, or it might wait for
     ever; requests under way have their pages and go on. A suspect runs alone.
+
+    Args:
+      max_tokens: the chunk budget of this step, if it is not that of the limits.
     """
-    budget, free = state.limits.max_num_batched_tokens, state.pages.num_available
+    budget = state.limits.max_num_batched_tokens if max_tokens is None else max_tokens
+    free = state.pages.num_available
     left = room(state) if state.waiting and state.free_rows else -1
     chunks: list[Chunk] = []
     for request in _in_order(state):

@@ -128,9 +128,14 @@ class Scheduler:
 
     # ------------------------------------------------------------ plans become steps
 
-    def next_prefill(self, *, now_s: float) -> Sent[PrefillStep] | None:
-        """Plans, applies and returns the next prefill step, or None if there is none to run."""
-        chunks = plan_prefill(self.state)
+    def next_prefill(
+        self, *, now_s: float, max_tokens: int | None = None
+    ) -> Sent[PrefillStep] | None:
+        """Plans, applies and returns the next prefill step, or None if there is none to run.
+
+        `max_tokens` takes the place of the limits' chunk budget, for a step that shares it.
+        """
+        chunks = plan_prefill(self.state, max_tokens=max_tokens)
         if not chunks:
             return None
         admitted = [c for c in chunks if c.request.stage is Stage.WAITING]
