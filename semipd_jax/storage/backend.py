@@ -36,6 +36,10 @@ class Reservation(Protocol):
         """Returns when everything written is in the region."""
         ...
 
+    def close(self) -> None:
+        """Gives the memory back, as far as this process goes."""
+        ...
+
 
 @runtime_checkable
 class Memory(Protocol):

@@ -46,6 +46,10 @@ class HostMemory:
     def finish(self) -> None:
         """Nothing is under way: arrays are written in place."""
 
+    def close(self) -> None:
+        """Gives up the owner's hold; the memory lives on where it is mapped."""
+        os.close(self.fd)
+
 
 class HostMemories:
     """The memory owner's side of the machine's memory."""

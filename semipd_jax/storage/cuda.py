@@ -125,8 +125,8 @@ class CudaMemory:
 
 
 @contextlib.contextmanager
-def open_memory(device: int = 0) -> Iterator[CudaMemory]:
-    """The owner's side, until the context ends.
+def open_memory(device: int = 0, sharing: Sharing | None = None) -> Iterator[CudaMemory]:
+    """The owner's side, until the context ends. Without `sharing`, the first way that works.
 
     Raises StartupError if there is no usable device, or no way to share its memory.
     """
@@ -136,7 +136,7 @@ def open_memory(device: int = 0) -> Iterator[CudaMemory]:
             undo.callback(cuda_driver.leave_context, cuda_driver.enter_context(device))
         except CudaError as error:
             raise StartupError(f"GPU {device} cannot be used: {error}") from error
-        sharing = choose_sharing(device)
+        sharing = sharing or choose_sharing(device)
         _log.info("shares memory of GPU %d, %s, by %s", device, info.name, sharing)
         memory = CudaMemory(device, sharing)
         undo.callback(memory.close)
