@@ -71,6 +71,7 @@ class FakeDevice:
             end = int(context_lens[i])
             self._write(table[i], row, end - len(new[i]), new[i])
             if samples[i]:
+                assert len(new[i]), "there is no hidden state to sample from"
                 context = self._read(table[i], end)
                 assert self.tokens[row, :end].tolist() == context, "the row lacks some history"
                 sampled[i] = next_token(context, int(sampling["seed"][i]))

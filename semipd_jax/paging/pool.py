@@ -44,9 +44,9 @@ class PagePool:
             page_ids.append(page)
         return page_ids
 
-    def num_unused(self, page_ids: Iterable[int]) -> int:
+    def num_unreferenced(self, page_ids: Iterable[int]) -> int:
         """How many of these are available, and would not be once referenced."""
-        return sum(page in self._unused for page in page_ids)
+        return sum(self._num_references[page] == 0 for page in page_ids)
 
     def num_exclusive(self, page_ids: Iterable[int]) -> int:
         """How many of these, referenced by one holder, would be available if it let go of them."""

@@ -31,7 +31,7 @@ def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> lis
         if waits and left < 0:
             continue
         chunk = _chunk(request, budget, state)
-        unused = state.pages.num_unused(chunk.cached_pages)
+        unused = state.pages.num_unreferenced(chunk.cached_pages)
         held = len(chunk.cached_pages) if waits else len(request.page_ids)
         if waits:
             left -= claim(request, state) - held + unused

@@ -24,7 +24,7 @@ def test_a_released_prefix_is_found_again_and_shared():
     pool.release(pages)
     assert pool.num_available == 7
     assert pool.match([A, B, C]) == pages
-    assert pool.num_unused(pages) == 2
+    assert pool.num_unreferenced(pages) == 2
     for holders in (1, 2):
         pool.reference(pages)
         pool.check(pages * holders)
@@ -135,7 +135,7 @@ class Pool(RuleBasedStateMachine):
         wanted = [bytes([key]) for key in keys]
         pages = self.pool.match(wanted)
         assert [self.contents[page] for page in pages] == wanted[: len(pages)]
-        before, unused = self.pool.num_available, self.pool.num_unused(pages)
+        before, unused = self.pool.num_available, self.pool.num_unreferenced(pages)
         self.pool.reference(pages)
         assert self.pool.num_available == before - unused
         self.holders.append(pages)

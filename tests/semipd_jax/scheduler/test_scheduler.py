@@ -1,83 +1,15 @@
 """The scheduler against a device that executes late, out of step with it, and dies."""
 
-import itertools
-from collections import deque
-
 import msgspec
 import numpy as np
 import pytest
-from fake_device import FakeDevice, next_token
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduler_cases import Outcome, expected, make_request, make_scheduler, run_to_end
+from scheduler_machine import Serving
 
 from semipd_jax.messages import ROW_SAMPLING, PrefillStep, StepLogprobs
 from semipd_jax.request import MAX_LOGPROBS, FinishReason, Request, SamplingParams
-from semipd_jax.scheduler.scheduler import Result, Scheduler
-from semipd_jax.scheduler.state import MAX_CRASHES, Limits
-
-PAGE_SIZE, MAX_LEN = 4, 24
-
-
-def make_scheduler(*, num_pages: int = 20, num_rows: int = 5, budget: int = 16, queue: int = 100):
-    limits = Limits(
-        page_size=PAGE_SIZE,
-        num_pages=num_pages,
-        num_rows=num_rows,
-        max_model_len=MAX_LEN,
-        max_num_batched_tokens=budget,
-        max_num_queued_reqs=queue,
-    )
-    device = FakeDevice(
-        num_pages=num_pages, page_size=PAGE_SIZE, num_rows=num_rows, length=MAX_LEN + 1
-    )
-    return Scheduler(limits), device
-
-
-def make_request(prompt_len: int, max_tokens: int, *, seed: int = 0, stop=()) -> Request:
-    return Request(
-        request_id=f"{prompt_len}-{max_tokens}-{seed}",
-        prompt_token_ids=tuple((i * 13 + seed) % 50 for i in range(prompt_len)),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=tuple(stop)),
-    )
-
-
-def expected(request: Request) -> tuple[list[int], FinishReason]:
-    tokens, sampling = list(request.prompt_token_ids), request.sampling
-    output: list[int] = []
-    while len(output) < (sampling.max_tokens or 0):
-        output.append(next_token([*tokens, *output], sampling.seed or 0))
-        if output[-1] in sampling.stop_token_ids:
-            return output, FinishReason.STOP
-    return output, FinishReason.LENGTH
-
-
-class Outcome:
-    """Collects what each handle got."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[int, list[int]] = {}
-        self.endings: dict[int, object] = {}
-
-    def take(self, result: Result) -> None:
-        for token in result.tokens:
-            assert token.request.handle not in self.endings, "a token after the end"
-            self.tokens.setdefault(token.request.handle, []).append(token.token_id)
-        for ending in result.endings:
-            assert ending.request.handle not in self.endings, "ended twice"
-            self.endings[ending.request.handle] = ending
-
-
-def run_to_end(scheduler: Scheduler, device: FakeDevice, outcome: Outcome, *, most: int = 5000):
-    """Sends, runs and answers one step at a time until nothing is left."""
-    for _ in range(most):
-        sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
-        if sent is None:
-            break
-        outcome.take(scheduler.step_done(device.run(sent.step), now_s=0.0))
-        scheduler.state.check()
-    assert not scheduler.state.requests, "requests are stuck"
-    assert not scheduler.state.in_flight
+from semipd_jax.scheduler.state import MAX_CRASHES
 
 
 @pytest.mark.parametrize("num_pages", [7, 9, 40])
@@ -275,94 +207,9 @@ def test_crashes_between_steps_that_succeed_are_forgiven():
     assert outcome.tokens[0] == expected(request)[0]
 
 
-class Serving(RuleBasedStateMachine):
-    """Requests come, go and are aborted while two devices run steps late, and die and run again."""
-
-    @initialize(num_pages=st.integers(7, 24), num_rows=st.integers(2, 6), budget=st.integers(1, 24))
-    def start(self, num_pages, num_rows, budget):
-        self.scheduler, self.device = make_scheduler(
-            num_pages=num_pages, num_rows=num_rows, budget=max(budget, 1)
-        )
-        self.queues = {"prefill": deque(), "decode": deque()}
-        self.requests: dict[int, Request] = {}
-        self.handles = itertools.count()
-        self.outcome = Outcome()
-
-    @rule(prompt_len=st.integers(1, 18), max_tokens=st.integers(1, 12), seed=st.integers(0, 2**40))
-    def submit(self, prompt_len, max_tokens, seed):
-        max_tokens = min(max_tokens, MAX_LEN - prompt_len)
-        request = make_request(prompt_len, max_tokens, seed=seed % 2**32, stop=[seed % 50])
-        handle = next(self.handles)
-        assert self.scheduler.submit("c", handle, request, now_s=0.0) is None
-        self.requests[handle] = request
-
-    @rule()
-    def send_prefill(self):
-        if len(self.queues["prefill"]) < 2 and (sent := self.scheduler.next_prefill(now_s=0.0)):
-            self.queues["prefill"].append(sent.step)
-
-    @rule()
-    def send_decode(self):
-        if len(self.queues["decode"]) < 2 and (sent := self.scheduler.next_decode()):
-            self.queues["decode"].append(sent.step)
-
-    @rule(phase=st.sampled_from(["prefill", "decode"]))
-    def answer(self, phase):
-        if self.queues[phase]:
-            reply = self.device.run(self.queues[phase].popleft())
-            self.outcome.take(self.scheduler.step_done(reply, now_s=0.0))
-
-    @rule(phase=st.sampled_from(["prefill", "decode"]), ran=st.integers(0, 2))
-    def lose_worker(self, phase, ran):
-        """Some of its steps had run, unanswered; all of them are planned again."""
-        for step in list(self.queues[phase])[:ran]:
-            self.device.run(step)
-        steps = [step.step_id for step in self.queues[phase]]
-        self.queues[phase].clear()
-        self.outcome.take(self.scheduler.worker_lost(steps, now_s=0.0))
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def abort(self, data):
-        handle = data.draw(st.sampled_from(sorted(self.requests)))
-        self.outcome.take(self.scheduler.abort("c", handle, FinishReason.ABORT, now_s=0.0))
-
-    @invariant()
-    def holds(self):
-        if hasattr(self, "scheduler"):
-            self.scheduler.state.check()
-
-    @invariant()
-    def nothing_that_a_step_in_flight_names_is_free(self):
-        if not hasattr(self, "scheduler"):
-            return
-        state = self.scheduler.state
-        for step in itertools.chain(*self.queues.values()):
-            pages = set(np.frombuffer(step.page_table, np.int32).tolist()) - {0}
-            assert not pages & set(state.pages._free._free)
-            assert not set(np.frombuffer(step.rows, np.int32).tolist()) & set(state.free_rows)
-
-    def teardown(self):
-        if not hasattr(self, "scheduler"):
-            return
-        for phase in self.queues:
-            while self.queues[phase]:
-                self.answer(phase)
-        run_to_end(self.scheduler, self.device, self.outcome)
-        assert set(self.outcome.endings) == set(self.requests), "a request got no answer"
-        for handle, request in self.requests.items():
-            tokens, reason = expected(request)
-            got, ending = self.outcome.tokens.get(handle, []), self.outcome.endings[handle]
-            if ending.reason is FinishReason.ABORT:
-                assert got == tokens[: len(got)]
-            else:
-                assert (got, ending.reason) == (tokens, reason)
-        assert self.scheduler.state.pages.num_available == self.scheduler.state.limits.num_pages - 1
-
-
 Serving.TestCase.settings = settings(
-    max_examples=150,
-    stateful_step_count=60,
+    max_examples=100,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

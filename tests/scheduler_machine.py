@@ -1,0 +1,218 @@
+"""Requests come, go and are aborted while two devices run steps late, and die and run again."""
+
+import itertools
+import random
+from collections import Counter, deque
+
+import numpy as np
+from fake_device import extended
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduler_cases import (
+    MAX_LEN,
+    PAGE_SIZE,
+    Outcome,
+    expected,
+    make_prompt,
+    make_request,
+    make_scheduler,
+    run_to_end,
+)
+
+from semipd_jax.messages import DecodeStep, PrefillStep
+from semipd_jax.paging.keys import PageKeys
+from semipd_jax.request import FinishReason, Request
+
+_LONG_PROMPT = st.tuples(st.integers(1, 18), st.integers(1, 8))
+_LONG_OUTPUT = st.tuples(st.integers(1, 6), st.integers(10, 20))
+"""(prompt, output) tokens; the latter grow until there are no pages left."""
+
+
+class Serving(RuleBasedStateMachine):
+    @initialize(
+        num_pages=st.sampled_from([7, 8, 9, 10, 12, 24]),
+        num_rows=st.integers(3, 6),
+        budget=st.integers(1, 24),
+        policy=st.sampled_from(["fcfs", "spf"]),
+        caching=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, num_pages, num_rows, budget, policy, caching):
+        self.scheduler, self.device = make_scheduler(
+            num_pages=num_pages,
+            num_rows=num_rows,
+            budget=budget,
+            policy=policy,
+            ageing_tokens_per_s=2.0,
+            enable_prefix_caching=caching,
+        )
+        self.queues = {"prefill": deque(), "decode": deque()}
+        self.requests: dict[int, Request] = {}
+        self.states = []
+        self.num_learnt = Counter()
+        self.handles = itertools.count()
+        self.outcome = Outcome()
+        self.now = 0.0
+        self.meaning: dict[bytes, tuple[str, tuple[int, ...]]] = {}
+        self.times_allocated = Counter()
+        self.allocate = self.scheduler.state.pages.allocate
+        self.scheduler.state.pages.allocate = self._allocate
+        self.sent_with: dict[int, dict[int, int]] = {}
+
+    @rule(
+        lengths=st.lists(st.one_of(_LONG_PROMPT, _LONG_OUTPUT), min_size=1, max_size=4),
+        kind=st.integers(0, 2),
+        seed=st.integers(0, 2**32 - 1),
+        salt=st.sampled_from(["", "", "other tenant"]),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def submit(self, lengths, kind, seed, salt, priority):
+        for prompt_len, max_tokens in lengths:
+            prompt = make_prompt(prompt_len, kind)
+            fields = {"seed": seed, "stop": [seed % 50], "cache_salt": salt, "priority": priority}
+            self._submit(make_request(prompt, min(max_tokens, MAX_LEN - prompt_len), **fields))
+
+    @precondition(lambda self: self.outcome.tokens)
+    @rule(data=st.data(), max_tokens=st.integers(1, 4))
+    def submit_next_turn(self, data, max_tokens):
+        """The prompt is another request's, with what it generated so far."""
+        handle = data.draw(st.sampled_from(sorted(self.outcome.tokens)))
+        last = self.requests[handle]
+        prompt = (*last.prompt_token_ids, *self.outcome.tokens[handle])[: MAX_LEN - max_tokens]
+        self._submit(make_request(prompt, max_tokens, seed=handle, cache_salt=last.cache_salt))
+
+    def _submit(self, request: Request) -> None:
+        handle = next(self.handles)
+        self.now += 1.0
+        assert self.scheduler.submit("c", handle, request, now_s=self.now) is None
+        self.requests[handle] = request
+        self.states.append(self.scheduler.state.requests["c", handle])
+
+    @rule(
+        num_moves=st.integers(1, 30),
+        eagerness=st.sampled_from([0.5, 0.7, 0.9]),
+        seed=st.integers(0, 2**16),
+    )
+    def serve(self, num_moves, eagerness, seed):
+        """Steps are planned and answered in random order; the eager plan more than is answered."""
+        rng = random.Random(seed)
+        for _ in range(num_moves):
+            phase = rng.choice(["prefill", "decode"])
+            if rng.random() > eagerness:
+                self._answer(phase)
+            elif len(self.queues[phase]) < 2:
+                self._plan(phase)
+            self.check()
+
+    def _plan(self, phase):
+        scheduler = self.scheduler
+        sent = scheduler.next_prefill(now_s=0.0) if phase == "prefill" else scheduler.next_decode()
+        if sent is not None:
+            self.queues[phase].append(sent.step)
+            pages = _named_pages(sent.step)
+            self.sent_with[sent.step.step_id] = {page: self.times_allocated[page] for page in pages}
+
+    def _answer(self, phase):
+        if self.queues[phase]:
+            reply = self.device.run(self.queues[phase].popleft())
+            self.outcome.take(self.scheduler.step_done(reply, now_s=0.0))
+
+    def _allocate(self, n):
+        pages = self.allocate(n)
+        self.times_allocated.update(pages or [])
+        return pages
+
+    @rule(phase=st.sampled_from(["prefill", "decode"]), ran=st.integers(0, 2))
+    def lose_worker(self, phase, ran):
+        """Some of its steps had run, unanswered; all of them are planned again."""
+        for step in list(self.queues[phase])[:ran]:
+            self.device.run(step)
+        steps = [step.step_id for step in self.queues[phase]]
+        self.queues[phase].clear()
+        self.outcome.take(self.scheduler.worker_lost(steps, now_s=0.0))
+
+    @precondition(lambda self: self._running())
+    @rule(data=st.data())
+    def abort(self, data):
+        handle = data.draw(st.sampled_from(self._running()))
+        self.outcome.take(self.scheduler.abort("c", handle, FinishReason.ABORT, now_s=0.0))
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "scheduler"):
+            self.check()
+
+    def check(self):
+        state = self.scheduler.state
+        state.check()
+        for step in itertools.chain(*self.queues.values()):
+            self._check_in_flight(step)
+        self._learn_keys()
+        for key, page in state.pages.sealed_pages().items():
+            self._check_sealed(page, *self.meaning[key])
+
+    def _check_in_flight(self, step):
+        """What it names is neither free nor given to others; what it writes nobody else reads."""
+        state, pages = self.scheduler.state, self.sent_with[step.step_id]
+        assert state.pages.num_unreferenced(pages) == 0, "a step in flight names a free page"
+        assert pages == {page: self.times_allocated[page] for page in pages}, "a page was reused"
+        assert not set(np.frombuffer(step.rows, np.int32).tolist()) & set(state.free_rows)
+        assert all(map(state.pages.is_private, _written_pages(step)))
+
+    def _check_sealed(self, page, salt, tokens):
+        """It holds the KV of the tokens that its key stands for, and nobody with another salt
+        reads it."""
+        assert self.device.kv[page].tolist() == list(tokens[-PAGE_SIZE:])
+        prefixes = list(itertools.accumulate(tokens, extended, initial=0))
+        assert self.device.prefix[page].tolist() == prefixes[-PAGE_SIZE:]
+        for request in self.scheduler.state.requests.values():
+            assert page not in request.page_ids or request.request.cache_salt == salt
+
+    def _learn_keys(self) -> None:
+        """What each key stands for, found without the pool."""
+        for i, state in enumerate(self.states):
+            tokens, salt = state.token_ids, state.request.cache_salt
+            if len(tokens) // PAGE_SIZE == self.num_learnt[i]:
+                continue
+            self.num_learnt[i] = len(tokens) // PAGE_SIZE
+            keys = PageKeys(PAGE_SIZE, salt).up_to(self.num_learnt[i], tokens)
+            for end, key in enumerate(keys, 1):
+                meaning = salt, tuple(tokens[: end * PAGE_SIZE])
+                assert self.meaning.setdefault(key, meaning) == meaning, "one key, two meanings"
+
+    def _running(self) -> list[int]:
+        return sorted(handle for _, handle in self.scheduler.state.requests)
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for phase in self.queues:
+            while self.queues[phase]:
+                self._answer(phase)
+        run_to_end(self.scheduler, self.device, self.outcome)
+        assert set(self.outcome.endings) == set(self.requests), "a request got no answer"
+        for handle, request in self.requests.items():
+            tokens, reason = expected(request)
+            got, ending = self.outcome.tokens.get(handle, []), self.outcome.endings[handle]
+            if ending.reason is FinishReason.ABORT:
+                assert got == tokens[: len(got)]
+            else:
+                assert (got, ending.reason) == (tokens, reason)
+        state = self.scheduler.state
+        assert state.pages.num_available == state.limits.num_pages - 1
+
+
+def _named_pages(step: PrefillStep | DecodeStep) -> set[int]:
+    return set(np.frombuffer(step.page_table, np.int32).tolist()) - {0}
+
+
+def _written_pages(step: PrefillStep | DecodeStep) -> set[int]:
+    ends = np.frombuffer(step.context_lens, np.int32)
+    table = np.frombuffer(step.page_table, np.int32).reshape(len(ends), -1)
+    new = np.ones_like(ends)
+    if isinstance(step, PrefillStep):
+        new = np.diff(np.frombuffer(step.cu_q_lens, np.int32))
+    return {
+        int(table[i, position // PAGE_SIZE])
+        for i, (n, end) in enumerate(zip(new, ends, strict=True))
+        for position in range(end - n, end)
+    }
