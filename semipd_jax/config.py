@@ -81,19 +81,24 @@ class CacheConfig:
     """The KV pool.
 
     Attributes:
-      page_size: tokens per page.
+      page_size: tokens per page; None means what suits the device.
       memory_bytes: size of the pool; None lets the memory owner choose.
       gpu_memory_utilization: fraction of a GPU's memory that may be in use by all together.
       enable_prefix_caching: full pages are kept for requests that begin with the same tokens.
     """
 
-    page_size: int = 16
+    page_size: int | None = None
     memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        require(self.page_size in (16, 32, 64, 128), "page_size", self.page_size, "16, 32, 64, 128")
+        require(
+            self.page_size in (None, 16, 32, 64, 128),
+            "page_size",
+            self.page_size,
+            "16, 32, 64, 128, or unset",
+        )
         require(
             self.memory_bytes is None or self.memory_bytes > 0,
             "memory_bytes",

@@ -33,7 +33,7 @@ OPTIONS: Final = (
     ),
     Option("load_format", "model", "load_format", "how weights are stored; dummy: random weights"),
     Option("seed", "model", "seed", "of dummy weights and of requests without a seed"),
-    Option("block_size", "cache", "page_size", "tokens per KV page"),
+    Option("block_size", "cache", "page_size", "tokens per KV page [16 on a CPU, 64 on a GPU]"),
     Option("kv_cache_memory_bytes", "cache", "memory_bytes", "size of the KV pool [by memory]"),
     Option(
         "gpu_memory_utilization",

@@ -19,7 +19,7 @@ from semipd_jax.models.registry import load_spec
 from semipd_jax.models.spec import ModelSpec
 from semipd_jax.owner.plan import activation_bytes, max_num_workers, plan_memory, summary
 from semipd_jax.shares import backend as shares
-from semipd_jax.storage.backend import Memory, Reservation, backend
+from semipd_jax.storage.backend import Backend, Memory, Reservation, backend
 from semipd_jax.storage.server import MemoryServer
 
 _TICK_S: Final = 5.0
@@ -30,7 +30,7 @@ def main(child: Child) -> None:
     shares.abstain(child.spec.platform, child.spec.run_dir)
     storage = backend(child.spec.platform)
     with storage.open_memory() as memory:
-        layout, regions = _reserve_and_load(child, memory, storage.dtype)
+        layout, regions = _reserve_and_load(child, memory, storage)
         if child.stopping.is_set():
             return
         with contextlib.closing(MemoryServer(child.spec.run_dir, regions)) as server:
@@ -41,7 +41,7 @@ def main(child: Child) -> None:
 
 
 def _reserve_and_load(
-    child: Child, memory: Memory, default_dtype: str | None
+    child: Child, memory: Memory, storage: Backend
 ) -> tuple[MemoryLayout, list[Reservation]]:
     config, model = child.spec.config, child.spec.config.model
     spec = load_spec(model.path)
@@ -56,7 +56,8 @@ def _reserve_and_load(
         config,
         eos_token_ids=checkpoint.eos_token_ids,
         budget=budget,
-        default_dtype=default_dtype,
+        default_dtype=storage.dtype,
+        default_page_size=storage.page_size,
     )
     _log.info("%s", summary(plan, budget))
     weights, state = memory.reserve(plan.weights), memory.reserve(plan.state)

@@ -32,29 +32,40 @@ def plan_memory(
     eos_token_ids: tuple[int, ...],
     budget: Budget,
     default_dtype: str | None,
+    default_page_size: int,
 ) -> MemoryPlan:
     """Raises StartupError that says what to change if the model or one full request cannot fit.
 
     Args:
       default_dtype: of a model whose dtype was left open; None means the checkpoint's.
+      default_page_size: tokens of a page, if that was left open.
     """
     asked = config.model.dtype
     dtype = asked if asked != "auto" else default_dtype or spec.checkpoint_dtype
     max_model_len = _max_model_len(spec, config)
     num_rows = config.scheduler.max_num_seqs + 1
+    page_size = config.cache.page_size or default_page_size
     weights = lay_out(WEIGHTS, ((weight.path, weight.shape, dtype) for weight in spec.weights))
     if weights.num_bytes > budget.available_bytes:
         raise StartupError(
             f"the weights need {_gib(weights.num_bytes)} as {dtype}, but only {_available(budget)}"
         )
-    page_bytes = _page_bytes(spec, config.cache.page_size, dtype)
-    rest = _lay_out_state(spec, config.cache.page_size, dtype, 0, num_rows, max_model_len)
+    page_bytes = _page_bytes(spec, page_size, dtype)
+    rest = _lay_out_state(spec, page_size, dtype, 0, num_rows, max_model_len)
     padding = ALIGNMENT * len(rest.arrays)
     free_bytes = budget.available_bytes - weights.num_bytes - rest.num_bytes - padding
+    longest = -(-max_model_len // page_size)
     num_pages = _num_pages(
-        config, max_model_len, page_bytes, free_bytes, takes_rest=budget.pool_takes_rest
+        config, longest, page_bytes, free_bytes, takes_rest=budget.pool_takes_rest
     )
-    state = _lay_out_state(spec, config.cache.page_size, dtype, num_pages, num_rows, max_model_len)
+    if num_pages < 1 + longest:
+        raise StartupError(
+            f"a KV pool of {_gib(num_pages * page_bytes)} holds "
+            f"{max(num_pages - 1, 0) * page_size} tokens, fewer than one request of max_model_len "
+            f"{max_model_len}: lower max_model_len, or set kv_cache_memory_bytes to at least "
+            f"{(1 + longest) * page_bytes}"
+        )
+    state = _lay_out_state(spec, page_size, dtype, num_pages, num_rows, max_model_len)
     if weights.num_bytes + state.num_bytes > budget.available_bytes:
         raise StartupError(
             f"weights and KV pool need {_gib(weights.num_bytes + state.num_bytes)}, but only "
@@ -64,7 +75,7 @@ def plan_memory(
         dtype=dtype,
         vocab_size=spec.vocab_size,
         max_model_len=max_model_len,
-        page_size=config.cache.page_size,
+        page_size=page_size,
         num_pages=num_pages,
         num_rows=num_rows,
         weight_bytes=weights.num_bytes,
@@ -120,25 +131,19 @@ def _page_bytes(spec: ModelSpec, page_size: int, dtype: str) -> int:
 
 
 def _num_pages(
-    config: EngineConfig, max_model_len: int, page_bytes: int, free_bytes: int, *, takes_rest: bool
+    config: EngineConfig, longest: int, page_bytes: int, free_bytes: int, *, takes_rest: bool
 ) -> int:
-    """Pages of the pool, scratch page included: as asked for, else all, or what rows could fill."""
-    page_size = config.cache.page_size
-    longest = -(-max_model_len // page_size)
+    """Pages of the pool, scratch page included: as asked for, else all, or what rows could fill.
+
+    `longest` is the number of pages of the longest request.
+    """
     pool_bytes = config.cache.memory_bytes
     if pool_bytes is None and takes_rest:
         pool_bytes = max(free_bytes, 0)
     elif pool_bytes is None:
         wanted = (1 + config.scheduler.max_num_seqs * longest) * page_bytes
         pool_bytes = min(wanted, int(free_bytes * _POOL_SHARE))
-    num_pages = pool_bytes // page_bytes
-    if num_pages < 1 + longest:
-        raise StartupError(
-            f"a KV pool of {_gib(pool_bytes)} holds {max(num_pages - 1, 0) * page_size} tokens, "
-            f"fewer than one request of max_model_len {max_model_len}: lower max_model_len, or "
-            f"set kv_cache_memory_bytes to at least {(1 + longest) * page_bytes}"
-        )
-    return num_pages
+    return pool_bytes // page_bytes
 
 
 def _lay_out_state(

@@ -66,12 +66,14 @@ class Backend:
       map_region: maps all of a region until the process ends and returns its address, aligned to
         `manifest.ALIGNMENT`. Raises SharingError if the memory is not what the manifest says.
       dtype: of models whose dtype was left open; None means the checkpoint's.
+      page_size: tokens of a KV page, if it was left open.
       environment: what must be in a worker's environment before it imports jax; None: must not.
     """
 
     open_memory: Callable[[], AbstractContextManager[Memory]]
     map_region: Callable[[Region, int], int]
     dtype: str | None
+    page_size: int
     environment: Mapping[str, str | None]
 
 
@@ -80,12 +82,14 @@ _BACKENDS: Final[Mapping[Platform, Backend]] = {
         cpu.open_memory,
         cpu.map_region,
         dtype="float32",  # XLA:CPU emulates the shorter types
+        page_size=16,
         environment={"JAX_PLATFORMS": "cpu"},
     ),
     "cuda": Backend(
         cuda.open_memory,
         cuda.map_region,
         dtype=None,
+        page_size=64,  # 16 KiB of one head at head_dim 128 in 16 bits: one TMA copy
         environment={
             "JAX_PLATFORMS": "cuda",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # workers of an idle share cost little

@@ -180,10 +180,8 @@ def test_serves_device_memory(
     )
     with running(config, run_dir, platform="cuda") as owner:
         layout = owner.hear().layout
-        assert (layout.dtype, layout.num_pages) == (
-            "bfloat16",
-            (4 << 20) // (2 * 2 * 4 * 16 * 16 * 2),
-        )
+        assert (layout.dtype, layout.page_size) == ("bfloat16", 64)
+        assert layout.num_pages == (4 << 20) // (2 * 2 * 4 * 64 * 16 * 2)
         assert 0 < layout.worker_fraction < 0.001
         FakeDriver().install(monkeypatch)
         regions = map_regions(run_dir, "cuda", 10.0)

@@ -62,7 +62,21 @@ def plan(
         eos_token_ids=(2, 7),
         budget=Budget(available_bytes=available_bytes, pool_takes_rest=pool_takes_rest),
         default_dtype="float32",
+        default_page_size=16,
     )
+
+
+def test_page_size_is_the_device_s_unless_it_was_chosen() -> None:
+    def page_size(chosen: int | None) -> int:
+        config = EngineConfig(model=ModelConfig(path="m"), cache=CacheConfig(page_size=chosen))
+        budget = Budget(available_bytes=GIB)
+        found = plan_memory(
+            model(), config, eos_token_ids=(), budget=budget, default_dtype=None,
+            default_page_size=64,
+        )  # fmt: skip
+        return found.layout.page_size
+
+    assert (page_size(None), page_size(32)) == (64, 32)
 
 
 def test_pool_holds_every_row_at_full_length_if_there_is_memory() -> None:
@@ -139,7 +153,7 @@ def test_dtype_of_the_checkpoint_where_the_platform_has_no_preference() -> None:
     config = EngineConfig(model=ModelConfig(path="/model"))
     budget = Budget(available_bytes=GIB, worker_fraction=0.05)
     layout = plan_memory(
-        model(), config, eos_token_ids=(), budget=budget, default_dtype=None
+        model(), config, eos_token_ids=(), budget=budget, default_dtype=None, default_page_size=16
     ).layout
     assert layout.dtype == "bfloat16"
     assert layout.worker_fraction == 0.05
@@ -164,7 +178,9 @@ def test_every_rung_is_a_worker_and_each_phase_may_have_one_more() -> None:
 def test_summary_says_what_memory_is_for() -> None:
     budget = Budget(available_bytes=GIB)
     config = EngineConfig(model=ModelConfig(path="/model"))
-    memory = plan_memory(model(), config, eos_token_ids=(), budget=budget, default_dtype=None)
+    memory = plan_memory(
+        model(), config, eos_token_ids=(), budget=budget, default_dtype=None, default_page_size=16
+    )
     tokens = (memory.layout.num_pages - 1) * 16
     assert f"of KV pages for {tokens} tokens; 1.00 GiB" in summary(memory, budget)
 
@@ -173,7 +189,14 @@ def test_too_little_memory_says_how_that_came_about() -> None:
     budget = Budget(available_bytes=100, detail="0.9 of 80 GiB, less 79 GiB in use")
     config = EngineConfig(model=ModelConfig(path="/model"))
     with pytest.raises(StartupError, match=r"are available \(0\.9 of 80 GiB, less 79 GiB in use\)"):
-        plan_memory(model(), config, eos_token_ids=(), budget=budget, default_dtype=None)
+        plan_memory(
+            model(),
+            config,
+            eos_token_ids=(),
+            budget=budget,
+            default_dtype=None,
+            default_page_size=16,
+        )
 
 
 def test_memory_that_is_not_there() -> None:
