@@ -117,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two kills")
     parser.add_argument("--requests", type=int, default=24, help="requests of a round")
-    parser.add_argument(
-        "--growth-mib", type=float, default=16.0, help="allowed growth"
-    )
+    parser.add_argument("--growth-mib", type=float, default=16.0, help="allowed growth")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args(argv)
     result = common.header(vars(args))
