@@ -14,10 +14,14 @@ from kernels_pallas.checks import (
     require_queries,
     require_rows,
 )
-from kernels_pallas.paged_decode_attention import reference
+from kernels_pallas.paged_decode_attention import mosaic_gpu, reference, triton
 
 IMPLEMENTATIONS: Final[Mapping[Implementation, Callable]] = MappingProxyType(
-    {"reference": reference.paged_decode_attention}
+    {
+        "reference": reference.paged_decode_attention,
+        "mosaic_gpu": mosaic_gpu.paged_decode_attention,
+        "triton": triton.paged_decode_attention,
+    }
 )
 
 
@@ -48,14 +52,15 @@ def paged_decode_attention(
       scale: multiplies the logits; None is H ** -0.5.
       window: attend only to the last `window` tokens (sliding window); None is no limit.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap), after `scale`; None is off.
-      implementation: a name in IMPLEMENTATIONS; None picks one.
+      implementation: a name in IMPLEMENTATIONS; None picks one for the device (`checks.choose`).
 
     Returns:
       (out, lse): out in the dtype of q, and the natural log-sum-exp of each row's logits. For a
       padding row out is 0 and lse -inf.
 
     Raises:
-      ValueError, TypeError: an argument has a shape, dtype or value that is not allowed; names it.
+      ValueError, TypeError: an argument has a shape, dtype or value that is not allowed, by the op
+        or by the implementation that was named; names it.
     """
     require_pages(k_pages, v_pages)
     require_queries(q, k_pages)

@@ -22,7 +22,7 @@ Compiled and interpreted only: not measured.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.checks import require_supported
 from kernels_pallas.compat import pl, plgpu, target, tiled_smem
 from kernels_pallas.paged_decode_attention.mosaic_gpu_merge import merge
-from kernels_pallas.paged_decode_attention.mosaic_gpu_softmax import LAYOUT, LOG2E, Softmax
-from kernels_pallas.paged_decode_attention.plan import Plan, make_plan
+from kernels_pallas.paged_decode_attention.mosaic_gpu_softmax import LAYOUT, Softmax
+from kernels_pallas.paged_decode_attention.plan import Plan, Segment, make_plan, segment_at
+from kernels_pallas.powers import logits
 
 DTYPES: Final = ("bfloat16", "float16")
 HEAD_DIMS: Final = (64, 96, 128, 256)
@@ -107,24 +108,6 @@ class Shape:
 
     def smem(self, *size: int) -> Any:
         return tiled_smem(size, self.dtype, swizzle=64 if self.head_dim == 96 else 128)
-
-
-class Segment(NamedTuple):
-    """Blocks of one row and head that a thread block reads; int32 scalars.
-
-    Attributes:
-      index: among the segments of this thread block.
-      done: blocks that this thread block read before.
-      length: of the row's context.
-    """
-
-    index: Any
-    done: Any
-    row: Any
-    head: Any
-    length: Any
-    first_block: Any
-    num_blocks: Any
 
 
 def paged_decode_attention(
@@ -212,12 +195,12 @@ def _body(
     """One thread block: tile 2 i of its ring is K of its i-th block, tile 2 i + 1 V."""
     num_slots = shape.num_slots
 
-    def attend(segment: Segment):
-        query_slot = lax.rem(segment.index, 2)
+    def attend(index, done, segment: Segment):
+        query_slot = lax.rem(index, 2)
         plgpu.barrier_wait(queries_full.at[query_slot])
 
         def attend_block(i, softmax: Softmax):
-            tile = 2 * (segment.done + i)
+            tile = 2 * (done + i)
             k_slot, v_slot = lax.rem(tile, num_slots), lax.rem(tile + 1, num_slots)
             plgpu.barrier_wait(full.at[k_slot])
             products = _dot(ring.at[k_slot], queries.at[query_slot].T)
@@ -227,8 +210,8 @@ def _body(
             visible = key < segment.length
             if window is not None:
                 visible &= key >= segment.length - window
-            logits = jnp.where(visible, _logits(products, scale, soft_cap), -jnp.inf)
-            softmax, p = softmax.add(logits)
+            x = jnp.where(visible, logits(products, scale, soft_cap), -jnp.inf)
+            softmax, p = softmax.add(x)
             weights.T[...] = p.astype(shape.dtype)
             plgpu.commit_smem()
             plgpu.barrier_wait(full.at[v_slot])
@@ -245,12 +228,12 @@ def _body(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(lse, lse_ref.at[part])
 
-    def copy(segment: Segment):
-        query_slot = lax.rem(segment.index, 2)
+    def copy(index, done, segment: Segment):
+        query_slot = lax.rem(index, 2)
         head = lax.div(segment.head, shape.num_heads // shape.kv_heads)
         columns = pl.ds(0 * head, shape.width)  # past head_dim TMA fills in zeros
 
-        @pl.when(segment.index >= 2)
+        @pl.when(index >= 2)
         def _():
             plgpu.barrier_wait(queries_free.at[query_slot])
 
@@ -266,7 +249,7 @@ def _body(
             pages = [_page(segment, first_key + start, window, shape.page_size) for start in starts]
             page_ids = [table_ref[segment.row, page] for page in pages]
             for j, ref in enumerate((k_ref, v_ref)):
-                tile = 2 * (segment.done + i) + j
+                tile = 2 * (done + i) + j
                 slot = lax.rem(tile, num_slots)
 
                 @pl.when(tile >= num_slots)
@@ -297,26 +280,20 @@ def _body(
 
 
 def _for_each_segment(
-    rows_ref: Any, ctas_ref: Any, num_heads: int, body: Callable[[Segment], None]
+    rows_ref: Any, ctas_ref: Any, num_heads: int, body: Callable[[Any, Any, Segment], None]
 ) -> tuple[Any, Any]:
-    """Calls body for each segment of this thread block; returns how many segments and blocks."""
+    """Calls body(segments before, blocks before, segment); returns how many of both there are."""
     row, start, end = (ctas_ref[lax.axis_index("cta"), i] for i in range(3))
-    offset = start - rows_ref[row, 0]
-    blocks_per_head = lax.max(rows_ref[row, 1], 1)
-    zero = jnp.int32(0)
 
     def step(state):
-        index, done, row, head, block = state
-        _, num_blocks, first_block, next_row, length = (rows_ref[row, i] for i in range(5))
-        count = lax.min(num_blocks - block, end - start - done)
-        body(Segment(index, done, row, head, length, first_block + block, count))
-        is_last = head == num_heads - 1
-        row, head = jnp.where(is_last, next_row, row), jnp.where(is_last, 0, head + 1)
-        return index + 1, done + count, row, head, zero
+        index, position, row = state
+        segment, row = segment_at(position, row, end, rows_ref=rows_ref, num_heads=num_heads)
+        body(index, position - start, segment)
+        return index + 1, position + segment.num_blocks, row
 
-    first = (zero, zero, row, lax.div(offset, blocks_per_head), lax.rem(offset, blocks_per_head))
-    index, done, *_ = lax.while_loop(lambda state: state[1] < end - start, step, first)
-    return index, done
+    first = jnp.int32(0), start, row
+    count, position, _ = lax.while_loop(lambda state: state[1] < end, step, first)
+    return count, position - start
 
 
 def _page(segment: Segment, key: Any, window: int | None, page_size: int) -> Any:
@@ -325,15 +302,6 @@ def _page(segment: Segment, key: Any, window: int | None, page_size: int) -> Any
     if window is None:
         return page
     return lax.max(page, lax.div(lax.max(segment.length - window, 0), page_size))
-
-
-def _logits(products: Any, scale: float, soft_cap: float | None) -> Any:
-    """Of powers of 2, from q · k."""
-    if soft_cap is None:
-        return products * (scale * LOG2E)
-    # soft_cap * tanh(x), where tanh(x) = 1 - 2 / (exp(2 x) + 1)
-    exponential = jnp.exp2(products * (2 * LOG2E * scale / soft_cap))
-    return soft_cap * LOG2E - (2 * soft_cap * LOG2E) / (exponential + 1)
 
 
 def _dot(a: Any, b: Any) -> Any:

@@ -12,9 +12,9 @@ from kernels_pallas.compat import pl, plgpu, tiled_smem
 from kernels_pallas.paged_decode_attention.mosaic_gpu_softmax import (
     COLUMNS,
     LAYOUT,
-    LOG2E,
     in_columns,
 )
+from kernels_pallas.powers import LOG2E
 
 REGISTERS: Final = 128
 """Of each thread, for the parts that are loaded together."""

@@ -7,7 +7,6 @@ from jax import lax
 
 from kernels_pallas.compat import plgpu
 
-LOG2E: Final = 1.4426950408889634
 LAYOUT: Final = plgpu.Layout.WGMMA
 COLUMNS: Final = plgpu.Layout.WGMMA.reduce(0)
 

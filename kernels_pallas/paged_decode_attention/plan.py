@@ -10,9 +10,10 @@ A few integer operations of fixed shape inside the caller's program: nothing run
 XLA computes a plan that all layers share once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32
 
 
@@ -28,6 +29,20 @@ class Plan(NamedTuple):
     rows: Int32[Array, "B 5"]
     ctas: Int32[Array, "C 3"]
     parts: Int32[Array, "B heads 2"]
+
+
+class Segment(NamedTuple):
+    """What a thread block reads of one row and head; int32 scalars.
+
+    Attributes:
+      length: of the row's context.
+    """
+
+    row: Any
+    head: Any
+    length: Any
+    first_block: Any
+    num_blocks: Any
 
 
 def make_plan(
@@ -65,3 +80,20 @@ def make_plan(
     num_parts = jnp.where(num_blocks[:, None] > 0, num_parts, 0)
     parts = jnp.stack([row[:, None] * num_heads + head + first_cta, num_parts], axis=2)
     return Plan(rows, ctas, parts)
+
+
+def segment_at(
+    position: Any, row: Any, end: Any, *, rows_ref: Any, num_heads: int
+) -> tuple[Segment, Any]:
+    """In a kernel: the segment from `position` on, which is in `row`, and the row after it.
+
+    Args:
+      end: position where the thread block ends.
+      rows_ref: `Plan.rows`.
+    """
+    start, num_blocks, first_block, next_row, length = (rows_ref[row, i] for i in range(5))
+    head, block = lax.div(position - start, num_blocks), lax.rem(position - start, num_blocks)
+    count = lax.min(num_blocks - block, end - position)
+    is_last = position + count == start + num_heads * num_blocks
+    segment = Segment(row, head, length, first_block + block, count)
+    return segment, jnp.where(is_last, next_row, row)
