@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx2
 import msgspec
 import pytest
 from fake_coordinator import FakeCoordinator
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server_rig import MAX_MODEL_LEN, read_all, sizes
 
 from semipd_jax.config import EngineConfig, ModelConfig, TimeoutConfig
-from semipd_jax.messages import ChildSpec, Drain, Failed, FromChild, Ready, Serve
+from semipd_jax.messages import ChildSpec, Drain, Failed, FromChild, Ready, Serve, WaitingFor
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
@@ -143,6 +144,42 @@ def test_a_front_ends_life(start: Start, run_dir: str, tokenizer: Tokenizer):
                 await fake.until(reader.done)
                 assert reader.result()[-1].finished.usage.completion_tokens == 5
                 assert await front_end.exit_status() == 0
+
+    asyncio.run(main())
+
+
+def test_what_the_launcher_waits_for_is_shown(start: Start, run_dir: str, tokenizer: Tokenizer):
+    async def main():
+        with FakeCoordinator(run_dir) as fake:
+            async with start() as front_end:
+                ready = await front_end.hear()
+                async with (
+                    httpx2.AsyncClient(base_url=ready.http_address) as client,
+                    grpc.aio.insecure_channel(ready.address) as channel,
+                ):
+
+                    async def until(status: int, text: str) -> None:
+                        async with asyncio.timeout(TIMEOUT_S):
+                            while True:
+                                asking = asyncio.ensure_future(client.get("/health"))
+                                await fake.until(asking.done, stepping=False)
+                                reply = asking.result()
+                                if reply.status_code == status and text in reply.text:
+                                    return
+
+                    await until(503, "starting")
+                    front_end.tell(WaitingFor(parts=("memory owner: load 3/10",)))
+                    await until(503, "memory owner: load 3/10")
+                    assert await health(channel) == NOT_SERVING
+                    front_end.tell(Serve(layout=sizes(tokenizer)))
+                    await until(200, "ok")
+                    assert await health(channel) == SERVING
+                    front_end.tell(WaitingFor(parts=("decode worker 1.00: not ready",)))
+                    await until(503, "decode worker")
+                    assert await health(channel) == NOT_SERVING
+                    front_end.tell(WaitingFor(parts=()))
+                    await until(200, "ok")
+                    assert await health(channel) == SERVING
 
     asyncio.run(main())
 

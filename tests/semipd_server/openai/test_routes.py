@@ -131,3 +131,21 @@ def test_health_before_there_is_an_engine(start: Start):
         await starting.stop()
 
     asyncio.run(main())
+
+
+def test_draining_waits_for_running_requests(start: Start):
+    async def main():
+        async with start() as rig, openai_client(rig) as client:
+            create = client.completions.create(model="tiny", prompt=[5], max_tokens=9)
+            running = asyncio.ensure_future(create)
+            await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+            draining = asyncio.ensure_future(rig.front_end.drain(10))
+            await asyncio.sleep(0)
+            assert not draining.done()
+            await rig.fake.until(running.done)
+            answer = running.result()
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 9
+            await asyncio.wait_for(draining, 5)
+
+    asyncio.run(main())
