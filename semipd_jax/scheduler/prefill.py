@@ -6,40 +6,36 @@ from itertools import islice
 
 from semipd_jax.scheduler.order import rank
 from semipd_jax.scheduler.state import Chunk, RequestState, SchedulerState, Stage, pages_for
-from semipd_jax.scheduler.watermark import claim, room
+from semipd_jax.scheduler.watermark import Outlook
 
 
 def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> list[Chunk]:
     """Returns the chunks of the next step, in order; none if there is nothing to prefill or no
     room for it. Requests among them that are still waiting are to be admitted.
 
-    A waiting request is admitted when its claim (`scheduler.watermark`) fits beside those of the
-    running ones. One that does not fit is not passed by others that wait, or it might wait for
-    ever; requests under way have their pages and go on. A suspect runs alone.
+    A waiting request is admitted when there will be room for it (`scheduler.watermark`). One that
+    does not fit is not passed by others that wait, or it might wait for ever; requests under way
+    go on. A suspect runs alone.
 
     Args:
       max_tokens: the chunk budget of this step, if it is not that of the limits.
     """
     budget = state.limits.max_num_batched_tokens if max_tokens is None else max_tokens
     free = state.pages.num_available
-    left = room(state) if state.waiting and state.free_rows else -1
+    outlook = Outlook(state) if state.waiting and state.free_rows else None
     chunks: list[Chunk] = []
     for request in _in_order(state):
         waits = request.stage is Stage.WAITING
         if budget == 0:
             break
-        if waits and left < 0:
+        if waits and outlook is None:
             continue
         chunk = _chunk(request, budget, state)
-        unused = state.pages.num_unreferenced(chunk.cached_pages)
-        held = len(chunk.cached_pages) if waits else len(request.page_ids)
-        if waits:
-            left -= claim(request, state) - held + unused
-            if left < 0:
-                continue
-        needed = max(0, pages_for(chunk.end, state.limits.page_size) - held) + unused
-        if needed > free:
-            continue  # decode has grown into its pages and will give them back
+        needed = _pages_needed(chunk, state)
+        is_admitted = not waits or (outlook and outlook.admits(request, chunk.cached_pages))
+        if needed > free or not is_admitted:
+            outlook = None
+            continue
         if request.is_suspect:
             return chunks or [chunk]
         chunks.append(chunk)
@@ -60,6 +56,13 @@ def _in_order(state: SchedulerState) -> Iterator[RequestState]:
     under_way = [r for r in state.prefilling if r.num_scheduled < len(r.token_ids)]
     waiting = islice(state.waiting, len(state.free_rows))
     return merge(sorted(under_way, key=current_rank), waiting, key=current_rank)
+
+
+def _pages_needed(chunk: Chunk, state: SchedulerState) -> int:
+    """Available pages that the chunk takes, cached ones that nobody holds included."""
+    held = len(chunk.cached_pages) + len(chunk.request.page_ids)
+    missing = max(0, pages_for(chunk.end, state.limits.page_size) - held)
+    return missing + state.pages.num_unreferenced(chunk.cached_pages)
 
 
 def _chunk(request: RequestState, budget: int, state: SchedulerState) -> Chunk:

@@ -248,6 +248,7 @@ class Scheduler:
         wire.fill_row(state.table, request)
         state.pages.reference(chunk.cached_pages)
         self._add_pages(request, chunk.cached_pages)
+        state.table.num_cached_pages[request.row] = len(chunk.cached_pages)
         request.num_sealed = len(chunk.cached_pages)
         request.num_cached = request.num_scheduled = chunk.start
 

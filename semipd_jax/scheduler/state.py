@@ -150,6 +150,7 @@ class RowTable:
       context_lens: of the row's next decode step: tokens visible to it, its input included.
       max_context_lens: of the row's last decode step.
       num_pages: held by the row.
+      num_cached_pages: those of them that were cached when the request was admitted.
       has_bias: the row has a logit bias or a minimum length.
       is_suspect: one more crash of a worker that runs this row, and its request is given up.
     """
@@ -161,6 +162,7 @@ class RowTable:
         self.context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.max_context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.num_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.num_cached_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.is_suspect: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.requests: list[RequestState | None] = [None] * num_rows

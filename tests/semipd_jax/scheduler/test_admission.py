@@ -1,0 +1,38 @@
+"""What the queue refuses, and why."""
+
+from scheduler_cases import make_request, make_scheduler
+
+
+def test_a_full_queue_refuses_and_says_the_limit():
+    scheduler, _ = make_scheduler(queue=2)
+    refusals = [scheduler.submit("c", i, make_request(4, 8), now_s=0.0) for i in range(3)]
+    assert refusals[:2] == [None, None]
+    assert "2 requests are waiting" in refusals[2]
+
+
+def test_tokens_are_limited_like_requests():
+    scheduler, device = make_scheduler(max_num_queued_tokens=20, num_rows=2)
+    assert scheduler.submit("c", 0, make_request(12, 4), now_s=0.0) is None
+    refusal = scheduler.submit("c", 1, make_request(9, 4), now_s=0.0)
+    assert "12 prompt tokens are waiting" in refusal
+    assert "20" in refusal
+    assert ("c", 1) not in scheduler.state.requests
+    assert scheduler.submit("c", 2, make_request(8, 4), now_s=0.0) is None
+    sent = scheduler.next_prefill(now_s=0.0)
+    assert sent is not None
+    scheduler.step_done(device.run(sent.step), now_s=0.0)
+    assert scheduler.submit("c", 3, make_request(12, 4), now_s=0.0) is None
+
+
+def test_chunks_that_are_still_to_be_computed_count():
+    scheduler, _ = make_scheduler(max_num_queued_tokens=20, budget=8)
+    scheduler.submit("c", 0, make_request(18, 4), now_s=0.0)
+    assert scheduler.next_prefill(now_s=0.0) is not None
+    assert scheduler.submit("c", 1, make_request(11, 4), now_s=0.0) is not None
+    assert scheduler.submit("c", 1, make_request(10, 4), now_s=0.0) is None
+
+
+def test_a_prompt_above_the_limit_is_served_when_it_is_alone():
+    scheduler, _ = make_scheduler(max_num_queued_tokens=10)
+    assert scheduler.submit("c", 0, make_request(18, 4), now_s=0.0) is None
+    assert scheduler.submit("c", 1, make_request(1, 4), now_s=0.0) is not None
