@@ -221,7 +221,8 @@ class Coordinator:
         """Fills both phases' queues, the one that something just happened to first."""
         for phase in (changed, _OTHER[changed]):
             workers, other = self._phases[phase], self._phases[_OTHER[phase]]
-            workers.wanted = self._shares.wanted(phase, is_alone=not other.step_ids)
+            if len(workers.step_ids) < DEPTH:
+                workers.wanted = self._shares.wanted(phase, is_alone=not other.step_ids)
             while (worker_id := workers.next_worker(DEPTH)) is not None:
                 planned = self._plan(phase)
                 if planned is None:
