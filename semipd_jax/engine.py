@@ -107,19 +107,28 @@ class AsyncEngine:
         await self.stop()
 
     def generate(
-        self, prompt: Prompt, *, request_id: str | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        **sampling: Any,
     ) -> AsyncGenerator[Event]:
         """Streams Started, Deltas, Finished. Closing the generator ends the request.
 
         Args:
           prompt: text, token ids, or chat messages ({"role": …, "content": …}).
+          priority, cache_salt: see `request.Request`.
           sampling: fields of `request.SamplingParams`; absent ones are the model's defaults.
 
         Raises (while iterating):
           InvalidRequestError, DuplicateRequestError, OverloadedError, UnavailableError,
           RequestFailedError.
         """
-        return self._running().generate(prompt, sampling, request_id=request_id)
+        return self._running().generate(
+            prompt, sampling, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
 
     async def complete(self, prompt: Prompt, **sampling: Any) -> Generation:
         """Generates to the end."""

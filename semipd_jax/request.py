@@ -209,14 +209,18 @@ def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:
     )
 
 
-def validate_scheduling(*, priority: int, cache_salt: str) -> None:
-    """Raises InvalidRequestError if a field is out of range."""
+def validate_scheduling(*, priority: object, cache_salt: object) -> None:
+    """Raises InvalidRequestError if a field is of another type or out of range."""
     if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise InvalidRequestError(
             f"priority is {priority!r}; allowed: an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}",
             field="priority",
         )
-    if len(cache_salt) > MAX_CACHE_SALT_CHARS or not cache_salt.isprintable():
+    if (
+        not isinstance(cache_salt, str)
+        or len(cache_salt) > MAX_CACHE_SALT_CHARS
+        or not cache_salt.isprintable()
+    ):
         raise InvalidRequestError(
             f"cache_salt is {cache_salt!r:.40}; allowed: at most {MAX_CACHE_SALT_CHARS} printable "
             "characters",

@@ -47,6 +47,7 @@ from semipd_jax.request import (
     Request,
     SamplingParams,
     TokenLogprob,
+    validate_scheduling,
 )
 from semipd_jax.text.output import OutputText
 from semipd_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -145,6 +146,8 @@ class EngineClient:
         sampling: SamplingParams | Mapping[str, Any],
         *,
         request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Event]:
         """Streams Started, Deltas, Finished. Closing the generator ends the request at once.
 
@@ -152,6 +155,7 @@ class EngineClient:
           prompt: text, token ids, or chat messages.
           sampling: all of it, or a mapping of the fields that differ from the model's defaults.
           request_id: chosen here when absent.
+          priority, cache_salt: see `request.Request`.
 
         Raises:
           InvalidRequestError, DuplicateRequestError, OverloadedError, UnavailableError,
@@ -159,7 +163,10 @@ class EngineClient:
         """
         times = RequestTimes(self.observations.clock())
         try:
-            stream = await self._submit(prompt, sampling, request_id or uuid.uuid4().hex, times)
+            request = await self._request(
+                prompt, sampling, request_id or uuid.uuid4().hex, priority, cache_salt
+            )
+            stream = self._submit(request, times)
         except EngineError as error:
             self.observations.refusal(error)
             raise
@@ -228,29 +235,35 @@ class EngineClient:
 
     # ------------------------------------------------------------ requests
 
-    async def _submit(
+    async def _request(
         self,
         prompt: Prompt,
         sampling: SamplingParams | Mapping[str, Any],
         request_id: str,
-        times: RequestTimes,
-    ) -> Stream:
+        priority: int,
+        cache_salt: str,
+    ) -> Request:
         self._connected()
         _check_request_id(request_id)
+        validate_scheduling(priority=priority, cache_salt=cache_salt)
         token_ids = await self._prompts.encode(prompt)
-        params = self._complete(sampling, token_ids)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling=self._complete(sampling, token_ids),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    def _submit(self, request: Request, times: RequestTimes) -> Stream:
+        request_id, token_ids = request.request_id, request.prompt_token_ids
         if request_id in self._handles:
             raise DuplicateRequestError(f"a request with id {request_id!r} is running")
         link = self._connected()
         handle = next(self._numbers)
-        text = OutputText(self.tokenizer, token_ids, params)
+        text = OutputText(self.tokenizer, token_ids, request.sampling)
         try:
-            link.send(
-                Submit(
-                    handle,
-                    Request(request_id=request_id, prompt_token_ids=token_ids, sampling=params),
-                )
-            )
+            link.send(Submit(handle, request))
         except BlockingIOError as error:
             raise OverloadedError(str(error)) from error
         stream = Stream(handle, request_id, len(token_ids), text, times)

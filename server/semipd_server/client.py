@@ -19,7 +19,7 @@ import grpc
 
 from semipd_jax.client import Prompt
 from semipd_jax.errors import EngineError
-from semipd_jax.request import Delta, Event
+from semipd_jax.request import Delta, Event, validate_scheduling
 from semipd_server.convert import event_from, prompt_fields, sampling_message
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
@@ -66,6 +66,8 @@ class Client:
         prompt: Prompt,
         *,
         request_id: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> Generator[Event]:
@@ -73,10 +75,14 @@ class Client:
 
         Args:
           prompt: text, token ids, or chat messages ({"role": …, "content": …}).
+          priority: lower ones are prefilled first and preempted last.
+          cache_salt: cached KV is reused only among requests with the same salt.
           sampling: fields of `request.SamplingParams`; absent ones are the model's defaults.
         """
         call = self._stub.Generate(
-            _request(prompt, request_id, sampling), timeout=timeout_s, metadata=self._metadata
+            _request(prompt, request_id, priority, cache_salt, sampling),
+            timeout=timeout_s,
+            metadata=self._metadata,
         )
         try:
             for response in call:
@@ -145,12 +151,16 @@ class AsyncClient:
         prompt: Prompt,
         *,
         request_id: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[Event]:
         """See `Client.generate`."""
         call = self._stub.Generate(
-            _request(prompt, request_id, sampling), timeout=timeout_s, metadata=self._metadata
+            _request(prompt, request_id, priority, cache_salt, sampling),
+            timeout=timeout_s,
+            metadata=self._metadata,
         )
         try:
             async for response in call:
@@ -203,9 +213,16 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
-def _request(prompt: Prompt, request_id: str, sampling: dict[str, Any]) -> pb.GenerateRequest:
+def _request(
+    prompt: Prompt, request_id: str, priority: int, cache_salt: str, sampling: dict[str, Any]
+) -> pb.GenerateRequest:
+    validate_scheduling(priority=priority, cache_salt=cache_salt)
     return pb.GenerateRequest(
-        request_id=request_id, sampling=sampling_message(sampling), **prompt_fields(prompt)
+        request_id=request_id,
+        sampling=sampling_message(sampling),
+        priority=priority,
+        cache_salt=cache_salt,
+        **prompt_fields(prompt),
     )
 
 

@@ -57,7 +57,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         client = self._engine.client
         request_id = request.request_id or uuid.uuid4().hex
         events = client.generate(
-            prompt_from(request), sampling_from(request.sampling), request_id=request_id
+            prompt_from(request),
+            sampling_from(request.sampling),
+            request_id=request_id,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
         )
         async with aclosing(events):
             async for event in events:

@@ -181,3 +181,19 @@ def test_the_command_prints_a_completion(
 def test_the_command_says_what_went_wrong():
     with pytest.raises(SystemExit, match=r"error: .*127\.0\.0\.1:1"):
         client_module.main(["--target", "127.0.0.1:1", "Hi"])
+
+
+def test_priority_and_salt_reach_the_coordinator(start: Start):
+    async def main():
+        async with start() as rig:
+            options = {"max_tokens": 1, "priority": -3, "cache_salt": "tenant"}
+            await while_serving(rig, rig.client.complete([5, 6], **options))
+            await in_thread(rig, lambda client: client.complete([5, 6], **options))
+            await while_serving(rig, rig.client.complete([5, 6], max_tokens=1))
+            seen = [(request.priority, request.cache_salt) for request in rig.fake.submitted]
+            assert seen == [(-3, "tenant"), (-3, "tenant"), (0, "")]
+            with pytest.raises(InvalidRequestError) as error:
+                await rig.client.complete([5, 6], cache_salt="x" * 257)
+            assert error.value.field == "cache_salt"
+
+    asyncio.run(main())

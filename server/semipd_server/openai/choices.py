@@ -21,6 +21,8 @@ class Choice:
     prompt_index: int
     token_ids: tuple[int, ...]
     sampling: dict[str, Any]
+    priority: int = 0
+    cache_salt: str = ""
 
 
 def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: Any) -> list[Choice]:
@@ -36,7 +38,7 @@ def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: A
     seed = None if request.seed is None else fold_seed(request.seed % 2**64)
     seeds = [None if seed is None else (seed + i) % 2**32 for i in range(request.n)]
     return [
-        Choice(i, token_ids, {**fields, "seed": seed})
+        Choice(i, token_ids, {**fields, "seed": seed}, request.priority, request.cache_salt or "")
         for i, token_ids in enumerate(prompts)
         for seed in seeds
     ]
@@ -49,8 +51,13 @@ async def events(
 
     def generate(index: int) -> AsyncGenerator[Event]:
         choice = wanted[index]
-        request_id = f"{answer_id}-{index}"
-        return client.generate(choice.token_ids, choice.sampling, request_id=request_id)
+        return client.generate(
+            choice.token_ids,
+            choice.sampling,
+            request_id=f"{answer_id}-{index}",
+            priority=choice.priority,
+            cache_salt=choice.cache_salt,
+        )
 
     if len(wanted) == 1:
         async with aclosing(generate(0)) as single:

@@ -89,6 +89,8 @@ class Sampling(Body, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class CompletionRequest(Sampling, kw_only=True):

@@ -211,6 +211,40 @@ def test_request_ids_are_checked(rig, request_id: str):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", 2**31),
+        ("priority", 0.5),
+        ("cache_salt", "x" * 257),
+        ("cache_salt", "\ud800"),
+        ("cache_salt", None),
+    ],
+)
+def test_priority_and_salt_are_checked(rig, field: str, value: object):
+    async def main():
+        async with rig() as r:
+            with pytest.raises(InvalidRequestError, match="allowed") as error:
+                await anext(r.client.generate(PROMPT, {}, **{field: value}))
+            assert error.value.field == field
+            r.fake.receive()
+            assert r.fake.submitted == []
+
+    asyncio.run(main())
+
+
+def test_priority_and_salt_reach_the_coordinator(rig):
+    async def main():
+        async with rig() as r:
+            options = {"priority": -3, "cache_salt": "tenant"}
+            await r.run(r.client.generate(PROMPT, {"max_tokens": 1}, **options))
+            await r.run(r.client.generate(PROMPT, {"max_tokens": 1}))
+            seen = [(request.priority, request.cache_salt) for request in r.fake.submitted]
+            assert seen == [(-3, "tenant"), (0, "")]
+
+    asyncio.run(main())
+
+
 def test_an_id_can_be_used_again_only_when_its_request_is_over(rig):
     async def main():
         async with rig() as r:

@@ -242,3 +242,15 @@ def test_leaving_aborts_every_choice(start: Start, stream: bool, n: int):
             assert rig.fake.aborted == n * [FinishReason.ABORT]
 
     asyncio.run(main())
+
+
+def test_priority_and_salt_are_taken_as_vllm_takes_them(start: Start):
+    async def main():
+        async with start() as rig, openai_client(rig) as client:
+            options: dict[str, Any] = {"model": "tiny", "prompt": [5, 6], "max_tokens": 1, "n": 2}
+            extra = {"priority": -3, "cache_salt": "tenant"}
+            await while_serving(rig, client.completions.create(**options, extra_body=extra))
+            seen = [(request.priority, request.cache_salt) for request in rig.fake.submitted]
+            assert seen == [(-3, "tenant")] * 2
+
+    asyncio.run(main())
