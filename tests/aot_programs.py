@@ -55,6 +55,18 @@ def triton_multiplies(num_warps: int) -> Program:
     return Program(lambda gpu: gpu.compile(call, spec))
 
 
+def mosaic_reads_a_slice() -> Program:
+    """That starts at the eighth byte of an argument."""
+
+    def body(x_ref, out_ref):
+        out_ref[...] = x_ref[...] + 1
+
+    rows = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    call = plgpu.kernel(body, out_type=rows, kernel_name="adds")
+    packed = jax.ShapeDtypeStruct((2 + 64 * 64,), jnp.float32)
+    return Program(lambda gpu: gpu.compile(lambda x: call(x[2:].reshape(rows.shape)), packed))
+
+
 # ------------------------------------------------------------------------- steps
 
 

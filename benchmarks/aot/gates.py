@@ -76,7 +76,23 @@ def in_place_faults(report: Report, pool: Pool) -> Iterator[str]:
         yield f"{report.temp_bytes} bytes of temporaries; a layer's pool has {pool.layer}"
 
 
+def operand_faults(report: Report) -> Iterator[str]:
+    """A kernel may be launched on a misaligned operand: Mosaic refuses less than 256 bytes."""
+    if report.num_sliced:
+        yield f"{report.num_sliced} kernels read slices of other arrays, wherever those start"
+
+
 def graph_faults(report: Report) -> Iterator[str]:
     """The host has more to start than one CUDA graph."""
     if report.launches != ("kCommandBuffer",):
         yield f"not one CUDA graph but: {', '.join(report.launches)}"
+
+
+def step_faults(report: Report, pool: Pool, limits: Limits) -> list[str]:
+    """All that is wrong with a step of the engine."""
+    return [
+        *kernel_faults(report.pallas_kernels, limits),
+        *in_place_faults(report, pool),
+        *operand_faults(report),
+        *graph_faults(report),
+    ]

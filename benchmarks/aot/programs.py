@@ -1,7 +1,8 @@
 """The programs that are compiled without a GPU: each kernel case, and the engine's whole steps."""
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -81,6 +82,11 @@ def kernel(op: str, implementation: str, case_name: str) -> Program:
     call = functools.partial(getattr(kernels_pallas, op), implementation=implementation, **options)
     donated = (0, 1) if op == "kv_write" else ()
     return Program(lambda gpu: gpu.compile(call, *case.specs, donate_argnums=donated))
+
+
+def implementations(op: str) -> Mapping[str, Callable[..., Any]]:
+    """The op's table."""
+    return sys.modules[f"kernels_pallas.{op}"].IMPLEMENTATIONS
 
 
 def find_case(op: str, name: str) -> Any:

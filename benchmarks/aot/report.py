@@ -56,6 +56,7 @@ class Report:
       alias_bytes: of results that live where a donated argument lived.
       temp_bytes: of temporaries, all at once.
       copies: size in bytes of what each `copy` of the program copies, largest first.
+      num_sliced: kernels that read a slice of another array where it lies.
       launches: what the host starts, in order: "kCommandBuffer" is one CUDA graph.
       compile_s: time of tracing, lowering and compiling.
     """
@@ -65,6 +66,7 @@ class Report:
     alias_bytes: int
     temp_bytes: int
     copies: tuple[int, ...]
+    num_sliced: int
     launches: tuple[str, ...]
     compile_s: float
 
@@ -88,6 +90,7 @@ def read(folder: Path, stats: dict[str, Any]) -> Report:
     return Report(
         kernels=tuple(_kernels(folder, text, thunks)),
         copies=tuple(sorted(copied_bytes(text), reverse=True)),
+        num_sliced=text.count("calls=%dynamic-slice-fusion"),
         launches=tuple(re.findall(r"^\d+: (k\w+)", thunks, re.MULTILINE)),
         **stats,
     )

@@ -30,14 +30,17 @@ COMPILER_OPTIONS: Final[Mapping[Platform, Mapping[str, Any]]] = MappingProxyType
         "cuda": {
             "xla_gpu_enable_command_buffer": (
                 "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-            )
+            ),
+            "xla_gpu_enable_dynamic_slice_fusion": False,
         },
     }
 )
 """On a CPU, LLVM's level 1 compiles a tenth faster than level 3, and its code is no slower.
 
-On a GPU, the last two, off by default, let the sampler's branches and loops into the CUDA graph of
-the step (as conditional nodes; driver 12.3 or later). Outside, the host waits for each predicate.
+On a GPU, CONDITIONAL and WHILE, off by default, let the sampler's branches and loops into the CUDA
+graph of the step (as conditional nodes; driver 12.3 or later); outside, the host waits for each
+predicate. Without dynamic slice fusion kernels get copies of slices (of the page table, once per
+step) and not addresses inside the batch: Mosaic refuses operands that are not 256-byte aligned.
 """
 
 _COMPILE_EVENT: Final = "/jax/core/compile/backend_compile_duration"

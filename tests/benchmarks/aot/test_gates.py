@@ -12,6 +12,7 @@ from benchmarks.aot.gates import (
     graph_faults,
     in_place_faults,
     kernel_faults,
+    operand_faults,
 )
 from benchmarks.aot.report import Kernel, Report
 from semipd_jax.runtime.described_gpu import Limits
@@ -34,7 +35,7 @@ def faults_of_pool(report):
 
 def test_a_kernel_that_fits_passes():
     report = compiled("mosaic_adds_one", 64)
-    assert not faults_of_kernels(report)
+    assert not [*faults_of_kernels(report), *operand_faults(report)]
     (kernel,) = report.pallas_kernels
     assert (kernel.backend, kernel.threads) == ("mosaic", 128)
     assert 64 * 64 * 4 <= kernel.shared_bytes < 64 * 64 * 4 + 64
@@ -89,6 +90,11 @@ def test_a_step_in_pieces_fails():
     ]
 
 
+def test_a_kernel_that_reads_from_inside_an_array_fails():
+    (fault,) = operand_faults(compiled("mosaic_reads_a_slice"))
+    assert fault.startswith("1 kernels read slices")
+
+
 def test_a_program_that_does_not_compile_says_why():
     with pytest.raises(CompileError, match=r"exceeds available shared memory"):
         compiled("mosaic_adds_one", 920)
@@ -117,6 +123,6 @@ def test_blocks_per_sm_of_a_hopper_gpu(registers, shared, threads, blocks):
 
 
 def test_gates_read_reports_as_they_are():
-    good = Report((), 0, 1000, 99, (49,), ("kCommandBuffer",), 1.0)
+    good = Report((), 0, 1000, 99, (49,), 0, ("kCommandBuffer",), 1.0)
     pool = aot_programs.Pool(total=1000, layer=100, smallest=50)
-    assert not [*in_place_faults(good, pool), *graph_faults(good)]
+    assert not [*in_place_faults(good, pool), *operand_faults(good), *graph_faults(good)]

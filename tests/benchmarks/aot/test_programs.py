@@ -1,0 +1,35 @@
+"""The kernels and the engine's whole steps, compiled for GPUs that are not here, pass all gates."""
+
+import pytest
+
+from benchmarks.aot import programs
+from benchmarks.aot.child import compile_in_child
+from benchmarks.aot.gates import kernel_faults, step_faults
+from semipd_jax.runtime.described_gpu import DescribedGpu
+
+LAYERS = {"h100": 4, "a100": 2}
+"""Of the steps. `benchmarks.kernels --compile-only` compiles all 32, in minutes."""
+
+KERNELS = [
+    *(
+        ("paged_decode_attention", name)
+        for name in ("64 rows of 2k", "64 rows of 2k, head_dim 256")
+    ),
+    *(("paged_prefill_attention", name) for name in ("8k tokens", "8k tokens, head_dim 256")),
+]
+"""The rest of the cases is compiled by `benchmarks.kernels --compile-only`."""
+
+
+@pytest.mark.parametrize(("gpu", "implementation"), [("h100", "mosaic_gpu"), ("a100", "triton")])
+@pytest.mark.parametrize(("op", "case"), KERNELS)
+def test_kernels_spill_nothing_and_fit(gpu, implementation, op, case):
+    report = compile_in_child(gpu, f"{programs.__name__}:kernel", (op, implementation, case))
+    assert not list(kernel_faults(report.pallas_kernels, DescribedGpu(gpu).limits))
+
+
+@pytest.mark.parametrize("gpu", LAYERS)
+@pytest.mark.parametrize("phase", programs.BUCKETS)
+def test_steps_stay_in_place_in_one_cuda_graph(gpu, phase):
+    report = compile_in_child(gpu, f"{programs.__name__}:step", (phase, LAYERS[gpu]))
+    pool = programs.pool_of(programs.state(programs.llama(LAYERS[gpu])))
+    assert not step_faults(report, pool, DescribedGpu(gpu).limits)
