@@ -42,13 +42,14 @@ def target() -> Target:
     return Target(pltriton.get_gpu_info().compute_capability, num_sms)
 
 
-def tiled_smem(shape: tuple[int, ...], dtype: Any, *, swizzle: int = 128) -> Any:
+def tiled_smem(shape: tuple[int, ...], dtype: Any, *, swizzle: int = 128, rows: int = 8) -> Any:
     """Shared memory for an array of 16-bit items, in the layout that TMA writes and wgmma reads.
 
     Args:
       swizzle: bytes of a row of a tile; its items divide the last dimension.
+      rows: rows of a tile, and the step in which TMA copies them; wgmma wants 8.
     """
-    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((rows, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
     swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 

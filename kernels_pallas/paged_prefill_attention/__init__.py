@@ -15,10 +15,14 @@ from kernels_pallas.checks import (
     require_queries,
     require_rows,
 )
-from kernels_pallas.paged_prefill_attention import reference
+from kernels_pallas.paged_prefill_attention import mosaic_gpu, reference, triton
 
 IMPLEMENTATIONS: Final[Mapping[Implementation, Callable]] = MappingProxyType(
-    {"reference": reference.paged_prefill_attention}
+    {
+        "reference": reference.paged_prefill_attention,
+        "mosaic_gpu": mosaic_gpu.paged_prefill_attention,
+        "triton": triton.paged_prefill_attention,
+    }
 )
 
 
