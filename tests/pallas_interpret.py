@@ -7,7 +7,8 @@ too early and a missing `commit_smem` are races. What stays invisible: that `wgm
 asynchronous, and layouts.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -46,6 +47,7 @@ def run_mosaic(function: Callable[..., Any], *args: Any, num_sms: int = 3) -> An
         with (
             jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+            _compiled_quickly(),
             mock.patch.object(pl, "run_state", _accumulate),
         ):
             result = jax.block_until_ready(function(*args))
@@ -61,8 +63,21 @@ def run_mosaic(function: Callable[..., Any], *args: Any, num_sms: int = 3) -> An
 
 def run_triton(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) with its Triton kernels interpreted."""
-    with plgpu.force_gpu_interpret_mode(True):  # pyright: ignore[reportArgumentType]
+    with (
+        plgpu.force_gpu_interpret_mode(True),  # pyright: ignore[reportArgumentType]
+        _compiled_quickly(),
+    ):
         return jax.block_until_ready(function(*args))
+
+
+@contextlib.contextmanager
+def _compiled_quickly() -> Iterator[None]:
+    """Interpreted kernels take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 _races: list[gpu_callbacks.GPURaceDetectionState] = []  # of each kernel since run_mosaic began

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import (
     kv_write,
@@ -12,6 +13,7 @@ from kernels_pallas import (
     paged_decode_attention,
     paged_prefill_attention,
 )
+from kernels_pallas.checks import UnsupportedError, choose
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -98,3 +100,54 @@ def test_the_arguments_that_the_wrong_ones_replace_are_right(op):
 def test_a_wrong_argument_is_named(op, name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b.*allowed: "):
         op(**{**VALID[op], name: value})
+
+
+def only(*supported):
+    def implementation(name, argument):
+        if argument not in supported:
+            raise UnsupportedError(f"argument is {argument!r}; allowed: {supported}")
+        return name, argument
+
+    return implementation
+
+
+TABLE = {
+    name: functools.partial(only(*supported), name)
+    for name, supported in {
+        "reference": (1, 2, 3),
+        "mosaic_gpu": (1,),
+        "triton": (1, 2),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "argument", "name"),
+    [
+        (None, 1, "reference"),
+        ("NVIDIA H100 80GB HBM3", 1, "mosaic_gpu"),
+        ("NVIDIA H200", 1, "mosaic_gpu"),
+        ("NVIDIA H200", 2, "triton"),
+        ("NVIDIA H200", 3, "reference"),
+        ("NVIDIA A100-SXM4-80GB", 1, "triton"),
+        ("NVIDIA A100-SXM4-80GB", 3, "reference"),
+        ("NVIDIA B200", 1, "triton"),
+    ],
+)
+def test_the_device_and_the_arguments_choose(device_kind, argument, name):
+    mesh = AbstractMesh((), ())
+    if device_kind is not None:
+        device = AbstractDevice(device_kind=device_kind, platform="gpu", num_cores=132)
+        mesh = AbstractMesh((), (), abstract_device=device)
+    with use_abstract_mesh(mesh):
+        assert choose(TABLE, None)(argument) == (name, argument)
+
+
+def test_what_no_implementation_supports_is_refused():
+    with pytest.raises(UnsupportedError, match=r"argument is 4; allowed: \(1, 2, 3\)"):
+        choose(TABLE, None)(4)
+
+
+def test_an_implementation_that_is_named_is_the_one():
+    with pytest.raises(UnsupportedError, match=r"argument is 3; allowed: \(1,\)"):
+        choose(TABLE, "mosaic_gpu")(3)
