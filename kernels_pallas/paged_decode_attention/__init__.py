@@ -1,9 +1,11 @@
 """Attention of one new token per row over that row's pages."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+import jax
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.checks import (
@@ -25,6 +27,8 @@ IMPLEMENTATIONS: Final[Mapping[Implementation, Callable]] = MappingProxyType(
 )
 
 
+# Layers that call it alike are lowered, and their kernels compiled, once.
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "implementation"))
 def paged_decode_attention(
     q: Float[Array, "B N H"],
     k_pages: Float[Array, "P K page H"],

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.checks import require_supported
-from kernels_pallas.compat import pl, plgpu, target, tiled_smem
+from kernels_pallas.compat import pl, plgpu, set_apart, target, tiled_smem
 from kernels_pallas.paged_decode_attention.mosaic_gpu_merge import merge
 from kernels_pallas.paged_decode_attention.mosaic_gpu_softmax import LAYOUT, Softmax
 from kernels_pallas.paged_decode_attention.plan import Plan, Segment, make_plan, segment_at
@@ -84,6 +84,14 @@ class Shape:
     def columns(self) -> int:
         """Queries of a head, padded to the columns of wgmma."""
         return -(-self.group // 8) * 8
+
+    @property
+    def padded_group(self) -> int:
+        """Queries of a head in global memory.
+
+        TMA fills in and drops what is past the end of an array only in its last tile of 8.
+        """
+        return self.group if self.group < 8 else self.columns
 
     @property
     def block(self) -> int:
@@ -141,11 +149,12 @@ def paged_decode_attention(
         num_ctas=shape.num_ctas_per_sm * (target().num_sms if num_sms is None else num_sms),
     )
     queries = q.reshape(B, shape.num_heads, shape.group, H)
-    padding = ((0, shape.columns - shape.group), (0, shape.width - H))
-    queries = jnp.pad(queries, ((0, 0), (0, 0), *padding))
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, shape.padded_group - shape.group), (0, 0)))
+    queries, page_table = set_apart(queries, page_table)
     body = functools.partial(_body, shape=shape, scale=scale, window=window, soft_cap=soft_cap)
     acc, lse = _call(body, shape, plan, queries, k_pages, v_pages, page_table)
-    out, lse = merge(plan.parts, acc, lse, group=shape.group, head_dim=H, dtype=q.dtype)
+    out, lse = merge(plan.parts, acc, lse, padded_group=shape.padded_group, dtype=q.dtype)
+    out, lse = out[:, :, : shape.group, :H], lse[:, :, : shape.group]
     return out.reshape(B, N, H), lse.reshape(B, N)
 
 
@@ -153,7 +162,7 @@ def _call(
     body: Callable[..., None],
     shape: Shape,
     plan: Plan,
-    queries: Float[Array, "B heads columns width"],
+    queries: Float[Array, "B heads padded_group H"],
     k_pages: Float[Array, "P K page H"],
     v_pages: Float[Array, "P K page H"],
     page_table: Int32[Array, "B M"],
@@ -231,7 +240,8 @@ def _body(
     def copy(index, done, segment: Segment):
         query_slot = lax.rem(index, 2)
         head = lax.div(segment.head, shape.num_heads // shape.kv_heads)
-        columns = pl.ds(0 * head, shape.width)  # past head_dim TMA fills in zeros
+        columns = pl.ds(0 * head, shape.columns)  # past their ends TMA fills in zeros
+        width = pl.ds(0 * head, shape.width)
 
         @pl.when(index >= 2)
         def _():
@@ -239,7 +249,8 @@ def _body(
 
         query_tile = queries.at[query_slot]
         barrier = queries_full.at[query_slot]
-        plgpu.copy_gmem_to_smem(q_ref.at[segment.row, segment.head], query_tile, barrier)
+        query = q_ref.at[segment.row, segment.head, columns, width]
+        plgpu.copy_gmem_to_smem(query, query_tile, barrier)
 
         @pl.loop(0, segment.num_blocks)
         def _(i):
@@ -257,7 +268,7 @@ def _body(
                     plgpu.barrier_wait(free.at[slot])
 
                 for page_id, start in zip(page_ids, starts, strict=True):
-                    page = ref.at[page_id, head, pl.ds(offset, shape.copied_rows), columns]
+                    page = ref.at[page_id, head, pl.ds(offset, shape.copied_rows), width]
                     to = ring.at[slot, pl.ds(start, shape.copied_rows)]
                     plgpu.copy_gmem_to_smem(page, to, full.at[slot])
 

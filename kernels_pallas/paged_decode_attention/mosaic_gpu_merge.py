@@ -27,10 +27,9 @@ def merge(
     accs: Float32[Array, "parts width columns"],
     lses: Float32[Array, "parts columns"],
     *,
-    group: int,
-    head_dim: int,
+    padded_group: int,
     dtype: jnp.dtype,
-) -> tuple[Float[Array, "B heads group head_dim"], Float32[Array, "B heads group"]]:
+) -> tuple[Float[Array, "B heads padded_group width"], Float32[Array, "B heads columns"]]:
     """(out, natural log-sum-exp) of each row and head; (0, -inf) where it has no part.
 
     Args:
@@ -40,12 +39,10 @@ def merge(
     """
     B, num_heads, _ = parts.shape
     _, width, columns = accs.shape
-    # TMA drops rows past the end of `out`, if they end its last tile of 8: more than 8 are padded.
-    rows = group if group < 8 else columns
-    out, lse = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(_body, unroll=min(MAX_UNROLL, REGISTERS * 128 // (width * columns))),
         out_type=(
-            jax.ShapeDtypeStruct((B, num_heads, rows, width), dtype),
+            jax.ShapeDtypeStruct((B, num_heads, padded_group, width), dtype),
             jax.ShapeDtypeStruct((B, num_heads, columns), jnp.float32),
         ),
         scratch_types=(
@@ -57,7 +54,6 @@ def merge(
         kernel_name="merge_decode_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(parts, accs, lses)
-    return out[:, :, :group, :head_dim], lse[..., :group]
 
 
 def _body(parts_ref, accs_ref, lses_ref, out_ref, lse_ref, out_tile, lse_tile, *, unroll: int):
@@ -95,6 +91,7 @@ def _body(parts_ref, accs_ref, lses_ref, out_ref, lse_ref, out_tile, lse_tile, *
     out_tile.T[...] = (acc * in_columns(inverse, acc.shape)).astype(out_tile.dtype)
     lse_tile[...] = jnp.where(seen, (highest + jnp.log2(total)) * (1 / LOG2E), -jnp.inf)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, head, pl.ds(0 * row, columns)])
+    queries = pl.ds(0 * row, columns)  # past their end TMA drops what it copies
+    plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, head, queries])
     plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[row, head])
     plgpu.wait_smem_to_gmem(0)
