@@ -136,6 +136,19 @@ def test_stats_count_what_happened(engine):
     assert stats.num_free_pages == stats.num_pages == LIMITS.num_pages - 1
 
 
+def test_cached_tokens_are_announced_and_counted(engine):
+    engine.submit(1, prompt_len=6, max_tokens=4)
+    engine.run()
+    engine.submit(1, prompt_len=11, max_tokens=1)  # begins with the same 6 tokens
+    engine.run()
+    engine.coordinator.from_client("c", GetStats(7))
+    *messages, stats = engine.clients.messages["c"]
+    assert [m.cached_tokens for m in messages if isinstance(m, Admitted)] == [0, 4]
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (17, 4)
+    assert stats.num_cached_pages == 3  # of 9 tokens with KV, then one more of 11
+    assert stats.num_free_pages == stats.num_pages
+
+
 def test_long_prompts_do_not_hold_up_the_decode_of_others(engine):
     engine.submit(1, prompt_len=4, max_tokens=20)
     engine.answer("prefill-1")
