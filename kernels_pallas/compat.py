@@ -54,6 +54,15 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any, *, swizzle: int = 128, rows: 
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 
 
+def set_apart[*Arrays](*arrays: *Arrays) -> tuple[*Arrays]:
+    """The arrays, each in a buffer of its own if a program made it.
+
+    A slice of another array would otherwise be read where it lies, and Mosaic refuses operands that
+    do not start at a multiple of 256 bytes.
+    """
+    return jax.lax.optimization_barrier(arrays)
+
+
 def triton_call(
     kernel: Callable[..., None], *, num_warps: int, num_stages: int, **options: Any
 ) -> Callable[..., Any]:

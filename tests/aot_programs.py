@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import kernels_pallas
+from benchmarks.aot import programs
 from benchmarks.aot.gates import Pool
 from benchmarks.aot.programs import Program
 from kernels_pallas.compat import pl, plgpu, triton_call
@@ -65,6 +67,23 @@ def mosaic_reads_a_slice() -> Program:
     call = plgpu.kernel(body, out_type=rows, kernel_name="adds")
     packed = jax.ShapeDtypeStruct((2 + 64 * 64,), jnp.float32)
     return Program(lambda gpu: gpu.compile(lambda x: call(x[2:].reshape(rows.shape)), packed))
+
+
+def attention_of_a_packed_batch(op: str) -> Program:
+    """The queries and the integer arguments are parts of larger arrays, at odd places."""
+    case = programs.CASES[op].GPU_BENCHMARKS[0]
+    q, k_pages, v_pages, *rows = case.specs
+    sizes = [1, *(row.size for row in rows)]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    queries = jax.ShapeDtypeStruct((3, *q.shape), q.dtype)
+
+    def call(queries, k_pages, v_pages, packed):
+        parts = jnp.split(packed, ends)[1:-1]
+        rest = [part.reshape(row.shape) for part, row in zip(parts, rows, strict=True)]
+        return getattr(kernels_pallas, op)(queries[1], k_pages, v_pages, *rest)
+
+    packed = jax.ShapeDtypeStruct((ends[-1] + 7,), jnp.int32)
+    return Program(lambda gpu: gpu.compile(call, queries, k_pages, v_pages, packed))
 
 
 # ------------------------------------------------------------------------- steps

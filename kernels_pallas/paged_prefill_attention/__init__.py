@@ -1,9 +1,11 @@
 """Causal attention of a ragged batch of prompt chunks over their pages."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+import jax
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.checks import (
@@ -26,6 +28,8 @@ IMPLEMENTATIONS: Final[Mapping[Implementation, Callable]] = MappingProxyType(
 )
 
 
+# Layers that call it alike are lowered, and their kernels compiled, once.
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "implementation"))
 def paged_prefill_attention(
     q: Float[Array, "T N H"],
     k_pages: Float[Array, "P K page H"],

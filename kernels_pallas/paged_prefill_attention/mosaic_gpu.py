@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.checks import require_supported
-from kernels_pallas.compat import pl, plgpu, tiled_smem
+from kernels_pallas.compat import pl, plgpu, set_apart, tiled_smem
 from kernels_pallas.paged_prefill_attention.tiles import Tile, cut
 
 HEAD_DIMS: Final = (64, 96, 128, 256)
@@ -118,6 +118,7 @@ def paged_prefill_attention(
         require_supported(value in allowed, name, value, ", ".join(map(str, allowed)))
     num_tokens = len(q)
     q = jnp.pad(q, ((0, -num_tokens % ALIGN), (0, 0), (0, 0)))
+    q, page_table = set_apart(q, page_table)
     T, N, H = q.shape
     K, page_size = k_pages.shape[1:3]
     shape = Shape(N // K, H, page_size)

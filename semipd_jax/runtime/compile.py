@@ -30,8 +30,7 @@ COMPILER_OPTIONS: Final[Mapping[Platform, Mapping[str, Any]]] = MappingProxyType
         "cuda": {
             "xla_gpu_enable_command_buffer": (
                 "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-            ),
-            "xla_gpu_enable_dynamic_slice_fusion": False,
+            )
         },
     }
 )
@@ -39,8 +38,7 @@ COMPILER_OPTIONS: Final[Mapping[Platform, Mapping[str, Any]]] = MappingProxyType
 
 On a GPU, CONDITIONAL and WHILE, off by default, let the sampler's branches and loops into the CUDA
 graph of the step (as conditional nodes; driver 12.3 or later); outside, the host waits for each
-predicate. Without dynamic slice fusion kernels get copies of slices (of the page table, once per
-step) and not addresses inside the batch: Mosaic refuses operands that are not 256-byte aligned.
+predicate.
 """
 
 _COMPILE_EVENT: Final = "/jax/core/compile/backend_compile_duration"

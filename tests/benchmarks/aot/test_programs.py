@@ -4,11 +4,11 @@ import pytest
 
 from benchmarks.aot import programs
 from benchmarks.aot.child import compile_in_child
-from benchmarks.aot.gates import kernel_faults, step_faults
+from benchmarks.aot.gates import kernel_faults, operand_faults, step_faults
 from semipd_jax.runtime.described_gpu import DescribedGpu
 
-LAYERS = {"h100": 4, "a100": 2}
-"""Of the steps. `benchmarks.kernels --compile-only` compiles all 32, in minutes."""
+LAYERS = {"h100": 32, "a100": 4}
+"""Of the steps: all of Llama 3.1 8B where its kernels are at home."""
 
 KERNELS = [
     *(
@@ -27,9 +27,18 @@ def test_kernels_spill_nothing_and_fit(gpu, implementation, op, case):
     assert not list(kernel_faults(report.pallas_kernels, DescribedGpu(gpu).limits))
 
 
+@pytest.mark.parametrize("op", ["paged_decode_attention", "paged_prefill_attention"])
+def test_kernels_read_no_operand_from_inside_an_array(op):
+    report = compile_in_child("h100", "aot_programs:attention_of_a_packed_batch", (op,))
+    assert report.pallas_kernels
+    assert not list(operand_faults(report))
+
+
 @pytest.mark.parametrize("gpu", LAYERS)
 @pytest.mark.parametrize("phase", programs.BUCKETS)
 def test_steps_stay_in_place_in_one_cuda_graph(gpu, phase):
     report = compile_in_child(gpu, f"{programs.__name__}:step", (phase, LAYERS[gpu]))
     pool = programs.pool_of(programs.state(programs.llama(LAYERS[gpu])))
+    names = [kernel.name for kernel in report.pallas_kernels]
+    assert len(set(names)) == len(names), "layers share their kernels"
     assert not step_faults(report, pool, DescribedGpu(gpu).limits)
