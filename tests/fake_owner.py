@@ -17,7 +17,7 @@ def main(child: Child) -> None:
         raise CheckpointError("model.safetensors is damaged")
     num_rows = config.scheduler.max_num_seqs + 1
     directory = Path(child.spec.run_dir)
-    pool = NUM_PAGES, config.cache.page_size
+    pool = NUM_PAGES, PAGE_SIZE
     shapes = {"kv": pool, "prefix": pool, "tokens": (num_rows, MAX_MODEL_LEN + 1)}
     for name, shape in shapes.items():
         np.memmap(directory / name, np.int64, mode="w+", shape=shape)[:] = -1
@@ -26,7 +26,7 @@ def main(child: Child) -> None:
             dtype="float32",
             vocab_size=50,
             max_model_len=MAX_MODEL_LEN,
-            page_size=config.cache.page_size,
+            page_size=PAGE_SIZE,
             num_pages=NUM_PAGES,
             num_rows=num_rows,
             weight_bytes=0,
