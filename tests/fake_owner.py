@@ -8,7 +8,7 @@ from semipd_jax.child import Child, run_child
 from semipd_jax.errors import CheckpointError
 from semipd_jax.messages import MemoryLayout
 
-NUM_PAGES, MAX_MODEL_LEN = 64, 128
+NUM_PAGES, PAGE_SIZE, MAX_MODEL_LEN = 64, 16, 128
 
 
 def main(child: Child) -> None:
