@@ -161,7 +161,7 @@ def paged_prefill_attention(
         thread_name="warpgroup",
         kernel_name="paged_prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k_pages, v_pages, page_table, tiles.table, tiles.num_tiles[None])
+    )(q, k_pages, v_pages, page_table, tiles.table)
     lse = lse.reshape(max_tiles, head_tiles, WARPGROUPS, shape.heads, shape.tokens)
     warpgroup, token = tiles.offset // shape.tokens, tiles.offset % shape.tokens
     lse = lse[tiles.of_token, :, warpgroup, :, token].reshape(T, N)
@@ -184,7 +184,6 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
         v_ref,
         page_table_ref,
         tiles_ref,
-        num_tiles_ref,
         out_ref,
         lse_ref,
         *,
@@ -333,7 +332,8 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
         def fetch():
             plgpu.set_max_registers(40, action="decrease")
             pl.loop(tile.first_block, tile.end_block)(fetch_block)
-            for slot in range(stages):
+            for i in range(stages):  # which slots, is not static: 40 registers hold no addresses
+                slot = slot_of(tile.end_block + i)
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
@@ -369,7 +369,7 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
                         q_full.at[i],
                     )
 
-        is_used = number < num_tiles_ref[0]
+        is_used = tile.start_token < tile.end_token
         pl.when(is_used & (warpgroup < WARPGROUPS))(compute)
         pl.when(is_used & (warpgroup == WARPGROUPS))(fetch)
 

@@ -17,7 +17,7 @@ class Tile(NamedTuple):
       row: row of the page table.
       first_token: index into q of the tile's first query.
       position: place of the first query in the context of the chunk; negative before its start.
-      start_token, end_token: where the chunk starts and ends in q.
+      start_token, end_token: where the chunk starts and ends in q; alike if the tile is unused.
       first_block, end_block: range of blocks of keys of which some query may see one.
     """
 
@@ -34,14 +34,12 @@ class Tiles(NamedTuple):
     """All tiles of a batch, those with the most blocks of keys first.
 
     Attributes:
-      table: a `Tile` in each row; rows from `num_tiles` on are unused.
-      num_tiles: tiles in use.
+      table: a `Tile` in each row, unused ones last.
       of_token: the tile of each token of q.
       offset: place of each token of q in its tile.
     """
 
     table: Int32[Array, "W 7"]
-    num_tiles: Int32[Array, ""]
     of_token: Int32[Array, " T"]
     offset: Int32[Array, " T"]
 
@@ -80,7 +78,8 @@ def cut(
     end_blocks = jnp.maximum(-(-end_keys // block), 0)
     first_keys = jnp.zeros_like(ids) if window is None else jnp.maximum(positions - window + 1, 0)
     first_blocks = jnp.minimum(first_keys // block, end_blocks)
-    tiles = Tile(rows, tile_tokens, positions, starts[rows], ends[rows], first_blocks, end_blocks)
+    start_tokens, end_tokens = (jnp.where(is_used, x[rows], 0) for x in (starts, ends))
+    tiles = Tile(rows, tile_tokens, positions, start_tokens, end_tokens, first_blocks, end_blocks)
 
     num_blocks = jnp.where(is_used, end_blocks - first_blocks, -1)
     order = jnp.argsort(-num_blocks).astype(jnp.int32)
@@ -89,7 +88,7 @@ def cut(
     rows = _interval(ends, tokens)
     offsets = tokens - first_tokens[rows]
     of_token = places[first_ids[rows] + offsets // tile]
-    return Tiles(jnp.stack(tiles, axis=1)[order], end_ids[-1], of_token, offsets % tile)
+    return Tiles(jnp.stack(tiles, axis=1)[order], of_token, offsets % tile)
 
 
 def _interval(ends: Int32[Array, " n"], points: Int32[Array, " m"]) -> Int32[Array, " m"]:

@@ -65,7 +65,7 @@ def paged_prefill_attention(
         num_warps=4 if rows == 16 and H <= 128 else 8,
         num_stages=2,
         name="paged_prefill_attention",
-    )(q, k_pages, v_pages, page_table, tiles.table, tiles.num_tiles[None])
+    )(q, k_pages, v_pages, page_table, tiles.table)
 
 
 def _body(
@@ -79,7 +79,6 @@ def _body(
     v_ref,
     page_table_ref,
     tiles_ref,
-    num_tiles_ref,
     out_ref,
     lse_ref,
 ):
@@ -89,7 +88,7 @@ def _body(
     page_size, head_dim = k_ref.shape[2:]
     tile = Tile(*(tiles_ref[number, field] for field in range(len(Tile._fields))))
 
-    @pl.when(number < num_tiles_ref[0])
+    @pl.when(tile.start_token < tile.end_token)
     def _():
         row = jnp.arange(rows, dtype=jnp.int32)
         token = lax.div(row, group)
