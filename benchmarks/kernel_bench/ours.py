@@ -1,0 +1,109 @@
+"""The ops of `kernels_pallas`, and JAX's own paged attention, as contenders."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernels_pallas
+from benchmarks.kernel_bench.chains import chained
+from benchmarks.kernel_bench.timing import Contender
+
+NUM_CALLS: Final = {"paged_decode_attention": 24, "paged_prefill_attention": 4, "kv_write": 24}
+"""In a program: enough that the host starts the next one before it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A contender, and what one call of it returns: `out`, or (out, lse)."""
+
+    contender: Contender
+    output: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A case on the device.
+
+    Attributes:
+      inputs: as the op takes them.
+      pools: pairs of pools with the same pages, enough to exceed the L2 cache together.
+    """
+
+    op: str
+    case: Any
+    inputs: tuple[Any, ...]
+    pools: tuple[tuple[Any, Any], ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return getattr(self.case, "options", {})
+
+
+def setting(op: str, case: Any, *, l2_bytes: int) -> Setting:
+    """Random inputs, made on the device."""
+    rows = case.rows(np.random.default_rng(0))
+    floats = case.specs[: -len(rows)]
+    keys = iter(jax.random.split(jax.random.key(0), 64))
+    inputs = tuple(jax.random.normal(next(keys), s.shape, s.dtype) for s in floats) + rows
+    if op == "kv_write":
+        return Setting(op, case, inputs, ())
+    pages = case.specs[1]
+    pool_bytes = 2 * pages.size * pages.dtype.itemsize
+    others = range(min(15, -(-2 * l2_bytes // pool_bytes) - 1))
+
+    def pool() -> tuple[Any, Any]:
+        k_pages, v_pages = (
+            jax.random.normal(next(keys), pages.shape, pages.dtype) for _ in range(2)
+        )
+        return k_pages, v_pages
+
+    return Setting(op, case, inputs, (inputs[1:3], *(pool() for _ in others)))
+
+
+def implementation(setting: Setting, name: str) -> Entry:
+    """One implementation of the op."""
+    op = getattr(kernels_pallas, setting.op)
+    call = functools.partial(op, implementation=name, **setting.options)
+    calls = NUM_CALLS[setting.op]
+    if setting.op == "kv_write":
+        k_pages, v_pages, *new = setting.inputs
+        contender = chained(
+            lambda pools, *new: call(*pools, *new), (k_pages, v_pages), [tuple(new)], calls
+        )
+    else:
+        q, _, _, *rows = setting.inputs
+        rest = [(*pool, *rows) for pool in setting.pools]
+        contender = chained(lambda *args: call(*args)[0], q, rest, calls)
+    return Entry(contender, lambda: jax.jit(call)(*setting.inputs))
+
+
+def jax_paged_attention(setting: Setting) -> Entry:
+    """JAX's deprecated Triton kernel, with pools laid out as it wants them."""
+    from jax.experimental.pallas.ops.gpu import paged_attention as deprecated
+
+    if setting.op != "paged_decode_attention" or "window" in setting.options:
+        raise NotImplementedError("decode without a window only")
+    q, _, _, table, lens = setting.inputs
+    num_splits = gcd(16, table.shape[1])
+    block_pages = gcd(8, table.shape[1] // num_splits)
+
+    def call(*args: Any) -> Any:
+        out = deprecated.paged_attention(
+            *args,
+            k_splits=num_splits,
+            pages_per_compute_block=block_pages,
+            attn_logits_soft_cap=setting.options.get("soft_cap"),
+        )
+        return out.astype(q.dtype)
+
+    turned = [tuple(jnp.swapaxes(pages, 0, 1) for pages in pool) for pool in setting.pools]
+    rest = [(*pool, table, lens) for pool in turned]
+    scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)  # which this op leaves to its caller
+    contender = chained(call, q, rest, NUM_CALLS[setting.op])
+    return Entry(contender, lambda: jax.jit(call)(scaled, *rest[0]))

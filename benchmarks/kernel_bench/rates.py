@@ -1,0 +1,31 @@
+"""What the device reaches in this run: the yardsticks of all shares."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks.kernel_bench.chains import chained
+from benchmarks.kernel_bench.timing import time_in_turns
+
+_COPY_BYTES = 2**30
+_MATMUL_SIZE = 8192
+
+
+def measure() -> tuple[float, float]:
+    """(bytes per second of a copy, read and written; FLOP per second of a bfloat16 matmul)."""
+    ones = jnp.ones(_COPY_BYTES // 4, jnp.float32)
+    matrix = jnp.full((_MATMUL_SIZE, _MATMUL_SIZE), 1 / _MATMUL_SIZE, jnp.bfloat16)
+    times = time_in_turns(
+        {
+            # XLA does not fuse across the barrier, so each negation reads and writes it all.
+            "copy": chained(lambda x: lax.optimization_barrier(-x), ones, [()], 4),
+            "matmul": chained(jnp.matmul, matrix, [(matrix,)], 4),
+        }
+    )
+    copy_rate = 2 * _COPY_BYTES / times["copy"].median_s
+    return copy_rate, 2 * _MATMUL_SIZE**3 / times["matmul"].median_s
+
+
+def l2_bytes() -> int:
+    """Of the device's L2 cache, or more."""
+    return max(getattr(jax.devices()[0], "l2_cache_size", 0) or 0, 64 * 2**20)
