@@ -52,12 +52,12 @@ class Sent:
 
 
 class Engine:
-    def __init__(self, shares: ShareConfig = NO_LADDER) -> None:
+    def __init__(self, shares: ShareConfig = NO_LADDER, limits: Limits = LIMITS) -> None:
         self.now = 0.0
         self.asked: list[ToLauncher] = []
         self.workers, self.clients = Sent(), Sent()
         self.device = FakeDevice(num_pages=40, page_size=4, num_rows=9, length=33)
-        self.scheduler = Scheduler(LIMITS)
+        self.scheduler = Scheduler(limits)
         self.coordinator = Coordinator(
             self.scheduler,
             self.workers,

@@ -41,7 +41,8 @@ from semipd_jax.messages import (
 from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
 
 DEPTH: Final = 2
-_OTHER: Final[dict[Phase, Phase]] = {"prefill": "decode", "decode": "prefill"}
+_OTHER: Final[dict[Phase, Phase]] = {"decode": "prefill", "prefill": "decode"}
+"""In the order of planning: decode may preempt requests for pages, what it leaves is prefill's."""
 
 _log = logging.getLogger(__name__)
 
@@ -116,12 +117,12 @@ class Coordinator:
             case Submit(handle=handle, request=request):
                 refusal = self._scheduler.submit(client, handle, request, now_s=now)
                 if refusal is None:
-                    self._send_steps("prefill")
+                    self._send_steps()
                 else:
                     self._to_client(client, Refused(handle, refusal))
             case Abort(handle=handle, reason=reason):
                 self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
-                self._send_steps("prefill")  # a row and pages may have come free
+                self._send_steps()  # a row and pages may have come free
             case GetStats(query_id=query_id):
                 self._to_client(client, self._stats(query_id))
             case SetShares(query_id=query_id, prefill=prefill, decode=decode):
@@ -161,7 +162,7 @@ class Coordinator:
             self._remove(workers, replaced)
         workers.shares[message.worker_id] = message.share
         _log.info("%s is ready", message.worker_id)
-        self._send_steps(message.phase)
+        self._send_steps()
         self._retire_spare(workers)
 
     def _step_done(self, reply: StepDone) -> None:
@@ -173,7 +174,7 @@ class Coordinator:
         self._num_steps[phase.phase] += 1
         self._num_compiles[reply.worker_id] = reply.num_compiles
         result = self._scheduler.step_done(reply, now_s=now)
-        self._send_steps(phase.phase)
+        self._send_steps()
         self._deliver(result)
         self._retire_spare(phase)
         self._times.add(time.perf_counter() - started)
@@ -184,7 +185,7 @@ class Coordinator:
         _log.warning("%s was lost with %d steps in flight", worker_id, len(step_ids))
         if step_ids:
             self._deliver(self._scheduler.worker_lost(step_ids, now_s=self._clock()))
-        self._send_steps(workers.phase)
+        self._send_steps()
 
     # ------------------------------------------------------------ shares
 
@@ -193,7 +194,7 @@ class Coordinator:
         self._shares.asked[phase] = share
         if workers.at(share) is None and share not in self._shares.rungs[phase]:
             self._tell_launcher(StartWorker(phase=phase, share=share))
-        self._send_steps(phase)
+        self._send_steps()
         self._retire_spare(workers)
 
     def _retire_spare(self, workers: PhaseWorkers) -> None:
@@ -217,9 +218,9 @@ class Coordinator:
 
     # ------------------------------------------------------------ plan and send
 
-    def _send_steps(self, changed: Phase) -> None:
-        """Fills both phases' queues, the one that something just happened to first."""
-        for phase in (changed, _OTHER[changed]):
+    def _send_steps(self) -> None:
+        """Fills both phases' queues."""
+        for phase in _OTHER:
             workers, other = self._phases[phase], self._phases[_OTHER[phase]]
             if len(workers.step_ids) < DEPTH:
                 workers.wanted = self._shares.wanted(phase, is_alone=not other.step_ids)
@@ -255,6 +256,7 @@ class Coordinator:
         if not self._clients.send(client, message):
             _log.warning("client %s is gone: its requests end", client)
             self._scheduler.abort_client(client, now_s=self._clock())
+            self._send_steps()
 
     def _stats(self, query_id: int) -> Stats:
         state = self._scheduler.state

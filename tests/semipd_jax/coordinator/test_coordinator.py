@@ -1,5 +1,8 @@
 """The coordinator, told by a client and answered by workers of plain Python."""
 
+import dataclasses
+import random
+
 import pytest
 from coordinator_rig import LIMITS, Engine, expected
 
@@ -15,6 +18,8 @@ from semipd_jax.messages import (
     WorkerReady,
 )
 from semipd_jax.request import FinishReason
+from semipd_jax.scheduler.decode import plan_decode
+from semipd_jax.scheduler.prefill import plan_prefill
 
 
 @pytest.fixture
@@ -158,3 +163,37 @@ def test_long_prompts_do_not_hold_up_the_decode_of_others(engine):
     for _ in range(5):
         engine.answer("decode-1")
     assert len(engine.received()[0][1]) == before + 5
+
+
+@pytest.mark.parametrize("num_pages", [9, 12])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_that_could_be_sent_is_held_back(num_pages, seed):
+    """Else there may be nothing under way, and no reply to wait for, with requests that want one.
+    Pages, aborts and a client that vanishes are what holds requests up and lets them go on."""
+    rng = random.Random(seed)
+    engine = Engine(
+        limits=dataclasses.replace(
+            LIMITS, num_pages=num_pages, max_num_batched_tokens=8, max_num_queued_reqs=99
+        )
+    )
+    engine.start_workers()
+    workers = {"prefill-1": plan_prefill, "decode-1": plan_decode}
+    for handle in range(40):
+        prompt_len = rng.randint(1, 24)
+        client = rng.choice(["c", "vanishing"])
+        engine.submit(
+            handle, prompt_len=prompt_len, max_tokens=rng.randint(1, 31 - prompt_len), client=client
+        )
+        for _ in range(rng.randint(0, 6)):
+            busy = [worker for worker in workers if engine.queue(worker)]
+            if busy:
+                engine.answer(rng.choice(busy))
+            for worker, plan in workers.items():
+                assert len(engine.queue(worker)) == DEPTH or not plan(engine.scheduler.state)
+        if rng.random() < 0.2:
+            engine.coordinator.from_client(
+                "c", Abort(rng.randrange(handle + 1), FinishReason.ABORT)
+            )
+        engine.clients.unreachable = {"vanishing"} if handle == 20 else set()
+    engine.run()
+    assert not engine.scheduler.state.requests
