@@ -96,7 +96,7 @@ async def on_the_ladder(engine: AsyncEngine, streams: Streams, moves: int) -> di
         await streams.tokens(rng.randrange(2, 6))
         if kind == "move":
             rung = 1 - rung
-        await engine.shares(decode=_RUNGS[rung])
+        await engine.set_partition(decode=_RUNGS[rung])
         found[kind].append(await streams.longest_gap())
     return {kind: Gaps.of(gaps) for kind, gaps in found.items()}
 
@@ -106,9 +106,9 @@ async def beside_the_ladder(engine: AsyncEngine, streams: Streams, repeat: int) 
     changing: list[float] = []
     for _ in range(repeat):
         quiet += await _gaps_until(streams, _lasting(10.0))
-        await engine.shares(decode=0.5)
+        await engine.set_partition(decode=0.5)
         changing += await _gaps_until(streams, lambda: _is_warm(engine, 0.5))
-        await engine.shares(decode=1.0)
+        await engine.set_partition(decode=1.0)
         quiet += await _gaps_until(streams, _lasting(10.0))
     return {"undisturbed": Gaps.of(quiet), "while a worker starts": Gaps.of(changing)}
 
@@ -123,7 +123,7 @@ def _lasting(seconds: float) -> Any:
 
 
 async def _is_warm(engine: AsyncEngine, share: float) -> bool:
-    return share in (await engine.shares()).decode.warm
+    return share in (await engine.partition()).decode.warm
 
 
 async def _gaps_until(streams: Streams, is_over: Any) -> list[float]:

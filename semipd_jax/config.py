@@ -8,7 +8,7 @@ and travel in `messages.MemoryLayout`, never by changing the config.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from semipd_jax.errors import ConfigError
 
@@ -18,8 +18,11 @@ type Platform = Literal["cpu", "cuda"]
 type Device = Literal["auto", "cpu", "cuda"]
 type MpsMode = Literal["auto", "on", "off"]
 type SchedulingPolicy = Literal["fcfs", "spf"]
+type SharePolicy = Literal["static", "semi-pd", "semi-pd-replan", "predictive"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 
+
+POLICIES: Final = get_args(SharePolicy.__value__)
 
 MAX_RUNGS: Final = 8
 """Shares on a ladder; each is a process per phase."""
@@ -213,6 +216,33 @@ class ShareConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TunerConfig:
+    """Who chooses the shares while requests flow, and what latency is promised.
+
+    Attributes:
+      policy: "static" keeps the shares. "semi-pd" and "semi-pd-replan" move them after every window
+        of finished requests, as the paper and its authors' code do. "predictive" chooses them
+        before every step, by the step times of `profile`.
+      slo_ttft_ms, slo_tpot_ms: promised to every request; None promises nothing.
+      slo_target: the share of requests that should meet both.
+      profile: file made by `python -m semipd_jax.profile` on this device with this model.
+    """
+
+    policy: SharePolicy = "static"
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    slo_target: float = 0.9
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slo_ttft_ms", "slo_tpot_ms"):
+            value = getattr(self, name)
+            ok = value is None or 0 < value < math.inf
+            require(ok, name, value, "a positive number of milliseconds, or unset")
+        require(0 < self.slo_target < 1, "slo_target", self.slo_target, "between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimeoutConfig:
     """Seconds after which a wait is a failure.
 
@@ -247,6 +277,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     shares: ShareConfig = field(default_factory=ShareConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     device: Device = "auto"
     compile_cache_dir: str | None = None

@@ -8,7 +8,6 @@ in one program. Options are those of `python -m semipd_jax.serve`, by the same n
 """
 
 import asyncio
-import functools
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Final
 from semipd_jax.client import EngineClient, Prompt
 from semipd_jax.errors import EngineError, RequestFailedError, UnavailableError
 from semipd_jax.launch.launcher import Launcher
-from semipd_jax.messages import MemoryLayout, Shares, Stats
+from semipd_jax.messages import MemoryLayout, Partition, Stats
 from semipd_jax.options import build_config
 from semipd_jax.request import Delta, Event, Finished, FinishReason, TokenLogprob, Usage
 
@@ -161,9 +160,23 @@ class AsyncEngine:
     async def stats(self) -> Stats:
         return await self._running().stats()
 
-    async def shares(self, *, prefill: float | None = None, decode: float | None = None) -> Shares:
-        """See `EngineClient.shares`."""
-        return await self._running().shares(prefill=prefill, decode=decode)
+    async def partition(self) -> Partition:
+        """How compute is divided, by whom, and for what."""
+        return await self._running().partition()
+
+    async def set_partition(self, **change: Any) -> Partition:
+        """See `EngineClient.set_partition`."""
+        return await self._running().set_partition(**change)
+
+    async def set_slo(self, **slo: Any) -> Partition:
+        """See `EngineClient.set_slo`."""
+        return await self._running().set_slo(**slo)
+
+    async def watch(self, *, interval_s: float = 1.0) -> AsyncGenerator[Stats]:
+        """Statistics, with the partition, now and then every `interval_s`."""
+        while True:
+            yield await self.stats()
+            await asyncio.sleep(interval_s)
 
     def _running(self) -> EngineClient:
         if self._client is None:
@@ -220,10 +233,17 @@ class Engine:
     def stats(self) -> Stats:
         return self._run(self._engine.stats, timeout_s=_CALL_TIMEOUT_S)
 
-    def shares(self, *, prefill: float | None = None, decode: float | None = None) -> Shares:
-        """See `EngineClient.shares`."""
-        change = functools.partial(self._engine.shares, prefill=prefill, decode=decode)
-        return self._run(change, timeout_s=_CALL_TIMEOUT_S)
+    def partition(self) -> Partition:
+        """How compute is divided, by whom, and for what."""
+        return self._run(self._engine.partition, timeout_s=_CALL_TIMEOUT_S)
+
+    def set_partition(self, **change: Any) -> Partition:
+        """See `EngineClient.set_partition`."""
+        return self._run(lambda: self._engine.set_partition(**change), timeout_s=_CALL_TIMEOUT_S)
+
+    def set_slo(self, **slo: Any) -> Partition:
+        """See `EngineClient.set_slo`."""
+        return self._run(lambda: self._engine.set_slo(**slo), timeout_s=_CALL_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ends what runs and every process. Safe to call twice."""

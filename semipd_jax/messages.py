@@ -16,10 +16,12 @@ from typing import Final, Literal
 import msgspec
 import numpy as np
 
-from semipd_jax.config import EngineConfig, Platform
+from semipd_jax.config import EngineConfig, Platform, SharePolicy
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
 
 type Phase = Literal["prefill", "decode"]
+
+OTHER_PHASE: Final[dict[Phase, Phase]] = {"prefill": "decode", "decode": "prefill"}
 
 ROW_SAMPLING: Final = np.dtype(
     [
@@ -168,16 +170,37 @@ class GetStats(Message, frozen=True):
     query_id: int
 
 
-class SetShares(Message, frozen=True):
-    """Run the phases at these shares from their next steps on; None leaves one as it is. Answered
-    by `Shares` with the same `query_id`."""
+class SetPartition(Message, frozen=True):
+    """Run the phases at these shares from their next steps on, or let this policy choose them; None
+    leaves one as it is. A share makes the policy "static". Answered by `PartitionReply` with the
+    same `query_id`."""
 
     query_id: int
     prefill: float | None = None
     decode: float | None = None
+    policy: SharePolicy | None = None
 
 
-type ToCoordinator = Submit | Abort | GetStats | SetShares
+class Slo(Message, frozen=True):
+    """Milliseconds promised to the requests of a priority, or to those whose priority has no
+    promise of its own; None promises nothing."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    priority: int | None = None
+
+
+class SetSlo(Message, frozen=True):
+    """Takes the place of what was promised to the same requests. `target` is the share of requests
+    that should meet both; None leaves it as it is. Answered by `PartitionReply` with the same
+    `query_id`."""
+
+    query_id: int
+    slo: Slo
+    target: float | None = None
+
+
+type ToCoordinator = Submit | Abort | GetStats | SetPartition | SetSlo
 
 # ---------------------------------------------------------------- coordinator → client
 
@@ -221,30 +244,11 @@ class Outputs(Message, frozen=True):
     done: list[Done]
 
 
-class Stats(Message, frozen=True):
-    query_id: int
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_free_pages: int  # of no request; those of them that are cached are given up when needed
-    num_quarantined_pages: int
-    num_preemptions: int
-    num_prefill_steps: int
-    num_decode_steps: int
-    num_worker_restarts: int
-    num_compiles: int  # after warm-up
-    max_plan_s: float
-    mean_plan_s: float
-    num_cached_pages: int  # that requests may find, whether or not others use them now
-    prefix_cache_queries: int  # prompt tokens of admitted requests
-    prefix_cache_hits: int  # those of them whose KV was there
-
-
 class PhaseShares(Message, frozen=True):
     """The compute of one phase.
 
-    `asked` holds while both phases have work; a phase alone runs at its largest share. `current` is
-    that of the last step; `warm` are those with a ready worker.
+    `asked` is what was chosen; `current` is that of the last step; `warm` are those with a ready
+    worker. Under the policy "static", a phase alone runs at its largest share.
     """
 
     asked: float
@@ -253,13 +257,106 @@ class PhaseShares(Message, frozen=True):
     num_switches: int
 
 
-class Shares(Message, frozen=True):
-    query_id: int
+class Choice(Message, frozen=True):
+    """The policy's latest decision, and why. Predicted seconds are those of the steps side by side;
+    `inputs` are the numbers that the choice followed from."""
+
+    age_s: float
+    phase: Phase  # whose step was about to be sent
+    prefill: float
+    decode: float
+    reason: str
+    predicted_prefill_s: float | None
+    predicted_decode_s: float | None
+    inputs: dict[str, float]
+
+
+class Partition(Message, frozen=True):
+    """How compute is divided, by whom, and for what.
+
+    `slos` begins with that of requests whose priority has none of its own.
+    """
+
+    policy: SharePolicy
     prefill: PhaseShares
     decode: PhaseShares
+    slos: tuple[Slo, ...]
+    slo_target: float
+    choice: Choice | None = None  # None under "static"
 
 
-type FromCoordinator = Refused | Admitted | Outputs | Stats | Shares
+class PartitionReply(Message, frozen=True):
+    """After the change that was asked for, unless `error` says why it was not made."""
+
+    query_id: int
+    partition: Partition
+    error: str | None = None
+
+
+class Percentiles(Message, frozen=True):
+    p50: float
+    p90: float
+    p99: float
+
+
+class RecentRequests(Message, frozen=True):
+    """Requests that ended in the last `window_s`, at most the latest 1024. Times are seconds; None
+    if there is nothing to tell."""
+
+    window_s: float
+    num_ended: int
+    num_met: int  # both of their targets
+    ttft_s: Percentiles | None
+    tpot_s: Percentiles | None
+
+
+class SloCounts(Message, frozen=True):
+    """Requests that ended, except those that their client aborted; failed ones met nothing."""
+
+    num_ended: int
+    num_met: int  # both targets
+    num_ttft_met: int
+    num_tpot_met: int
+
+
+class PredictionError(Message, frozen=True):
+    """Sum of |measured - predicted| / predicted over `count` steps of one phase."""
+
+    count: int
+    total: float
+
+
+class Stats(Message, frozen=True, kw_only=True):
+    """The engine at one moment: counts grow from its start, rates follow from two of these."""
+
+    query_id: int
+    time_s: float  # on the coordinator's clock
+    partition: Partition
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int  # of no request; those of them that are cached are given up when needed
+    num_quarantined_pages: int
+    num_cached_pages: int  # that requests may find, whether or not others use them now
+    num_idle_cached_pages: int  # those of the free pages that are cached
+    num_preemptions: int
+    num_prefill_steps: int
+    num_decode_steps: int
+    num_prefill_restarts: int  # workers that were replaced
+    num_decode_restarts: int
+    num_compiles: int  # after warm-up
+    max_plan_s: float
+    mean_plan_s: float
+    prefix_cache_queries: int  # prompt tokens of admitted requests
+    prefix_cache_hits: int  # those of them whose KV was there
+    num_output_tokens: int
+    slo: SloCounts
+    recent: RecentRequests
+    prefill_error: PredictionError
+    decode_error: PredictionError
+
+
+type FromCoordinator = Refused | Admitted | Outputs | Stats | PartitionReply
 
 # ---------------------------------------------------------------- launcher ⇄ children (JSON lines)
 
@@ -304,6 +401,7 @@ class WorkerLost(Line, frozen=True):
     """To the coordinator: this worker's process is gone; a replacement is being started."""
 
     worker_id: str
+    phase: Phase
 
 
 class Serve(Line, frozen=True):

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from semipd_jax import config
 from semipd_jax.config import EngineConfig, require
+from semipd_jax.tuner import setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,18 @@ OPTIONS: Final = (
     ),
     Option("prefill_share_ladder", "shares", "prefill_ladder", "the same for prefill alone"),
     Option("decode_share_ladder", "shares", "decode_ladder", "the same for decode alone"),
+    Option("policy", "tuner", "policy", "who chooses the shares while requests flow"),
+    Option("slo_ttft_ms", "tuner", "slo_ttft_ms", "promised time to the first token [nothing]"),
+    Option(
+        "slo_tpot_ms", "tuner", "slo_tpot_ms", "promised mean time of the tokens after it [nothing]"
+    ),
+    Option("slo_target", "tuner", "slo_target", "share of requests that should meet both"),
+    Option(
+        "tuner_profile",
+        "tuner",
+        "profile",
+        "step times on this device, from python -m semipd_jax.profile; predictive needs it",
+    ),
     Option("mps", "shares", "mps", "share a GPU's compute through NVIDIA MPS"),
     Option("startup_timeout", "timeouts", "startup_s", "seconds until the engine must be ready"),
     Option("step_timeout", "timeouts", "step_s", "seconds until a worker counts as hung"),
@@ -111,6 +124,7 @@ _SECTIONS: Final[dict[str, type]] = {
     "cache": config.CacheConfig,
     "scheduler": config.SchedulerConfig,
     "shares": config.ShareConfig,
+    "tuner": config.TunerConfig,
     "timeouts": config.TimeoutConfig,
     "": EngineConfig,
 }
@@ -133,7 +147,9 @@ def build_config(model: str, **options: Any) -> EngineConfig:
             value = float(value)
         sections[option.section][option.field] = value
     top = sections.pop("")
-    return EngineConfig(**{s: _SECTIONS[s](**values) for s, values in sections.items()}, **top)
+    made = EngineConfig(**{s: _SECTIONS[s](**values) for s, values in sections.items()}, **top)
+    setup.check(made)
+    return made
 
 
 def choices(option: Option) -> tuple[str, ...] | None:

@@ -29,6 +29,7 @@ _GROUPS: Final = {
     "cache": "KV cache",
     "scheduler": "scheduling",
     "shares": "compute shares",
+    "tuner": "SLO tuner",
     "timeouts": "timeouts",
     "": "other",
 }

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,7 +15,16 @@ from semipd_jax.messages import (
     GetStats,
     MemoryLayout,
     Outputs,
+    Partition,
+    PartitionReply,
+    PhaseShares,
+    PredictionError,
+    RecentRequests,
     Refused,
+    SetPartition,
+    SetSlo,
+    Slo,
+    SloCounts,
     Stats,
     Submit,
     ToCoordinator,
@@ -23,6 +32,10 @@ from semipd_jax.messages import (
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
 from semipd_jax.transport.channels import CLIENTS, Hub
 
+_SHARES = PhaseShares(asked=1.0, current=1.0, warm=(0.5, 1.0), num_switches=0)
+PARTITION = Partition(
+    policy="static", prefill=_SHARES, decode=_SHARES, slos=(Slo(),), slo_target=0.9
+)
 TIMINGS = Timings(queue_s=0.001, prefill_s=0.002, decode_s=0.003)
 
 
@@ -38,6 +51,25 @@ def layout(vocab_size: int = 1000, max_model_len: int = 256, eos: tuple[int, ...
         kv_bytes=0,
         eos_token_ids=eos,
     )
+
+
+def stats(**fields: Any) -> Stats:
+    """An idle engine of 100 pages, but for `fields`."""
+    zeros = {f: 0 for f in Stats.__struct_fields__ if f.startswith(("num_", "prefix_"))}
+    idle: dict[str, Any] = {
+        "query_id": 0,
+        "time_s": 0.0,
+        "partition": PARTITION,
+        "num_pages": 100,
+        "num_free_pages": 100,
+        "max_plan_s": 0.0,
+        "mean_plan_s": 0.0,
+        "slo": SloCounts(0, 0, 0, 0),
+        "recent": RecentRequests(60.0, 0, 0, None, None),
+        "prefill_error": PredictionError(0, 0.0),
+        "decode_error": PredictionError(0, 0.0),
+    }
+    return Stats(**(zeros | idle | fields))
 
 
 def arithmetic(request: Request, position: int) -> int:
@@ -61,6 +93,7 @@ class FakeCoordinator:
       refuse: answer to every Submit instead of running it: its message.
       fail_after: give up on requests after this many tokens.
       admits: else requests stay in the queue.
+      cannot: why it makes no change to the partition; what was asked for is in `changes`.
     """
 
     run_dir: str
@@ -71,6 +104,8 @@ class FakeCoordinator:
     running: dict[tuple[str, int], Running] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[FinishReason] = field(default_factory=list)
+    cannot: str | None = None
+    changes: list[SetPartition | SetSlo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.hub = Hub[ToCoordinator, FromCoordinator](self.run_dir, CLIENTS, ToCoordinator)
@@ -113,6 +148,9 @@ class FakeCoordinator:
                         self.hub.send(client, _outputs([], [], [], [_done(handle, reason)]))
                 case GetStats(query_id=query_id):
                     self.hub.send(client, self._stats(query_id))
+                case SetPartition(query_id=query_id) | SetSlo(query_id=query_id):
+                    self.changes.append(message)
+                    self.hub.send(client, PartitionReply(query_id, PARTITION, self.cannot))
 
     def _submit(self, client: str, handle: int, request: Request) -> None:
         self.submitted.append(request)
@@ -143,7 +181,7 @@ class FakeCoordinator:
         return _outputs(handles, token_ids, logprobs, done)
 
     def _stats(self, query_id: int) -> Stats:
-        return Stats(query_id, len(self.running), 0, 100, 100, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 0)
+        return stats(query_id=query_id, num_running=len(self.running))
 
 
 def _ending(running: Running, token_id: int) -> Done | None:

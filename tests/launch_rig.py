@@ -9,7 +9,15 @@ from fake_device import next_token
 
 from semipd_jax.config import EngineConfig, ModelConfig, ShareConfig, TimeoutConfig
 from semipd_jax.launch.launcher import Launcher, Modules
-from semipd_jax.messages import FromCoordinator, Outputs, SetShares, Shares, Submit, ToCoordinator
+from semipd_jax.messages import (
+    FromCoordinator,
+    Outputs,
+    Partition,
+    PartitionReply,
+    SetPartition,
+    Submit,
+    ToCoordinator,
+)
 from semipd_jax.request import Request, SamplingParams
 from semipd_jax.transport.channels import CLIENTS, Link
 
@@ -67,12 +75,12 @@ class Client:
                     assert message.done[0].error is None
                     return tokens
 
-    def shares(self, **shares: float) -> Shares:
+    def shares(self, **shares: float) -> Partition:
         """After a change to those given. Only while nothing is generated."""
-        self._link.send(SetShares(1, **shares))
+        self._link.send(SetPartition(1, **shares))
         report = self._link.receive(20.0)
-        assert isinstance(report, Shares)
-        return report
+        assert isinstance(report, PartitionReply)
+        return report.partition
 
     def close(self) -> None:
         self._link.close()

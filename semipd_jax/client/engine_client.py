@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from semipd_jax.client.observations import ERROR, Observations, RequestTimes
 from semipd_jax.client.prompt import Prompt, PromptEncoder
 from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
 from semipd_jax.client.stream import Stream
-from semipd_jax.config import ModelConfig
+from semipd_jax.config import POLICIES, ModelConfig, SharePolicy
 from semipd_jax.errors import (
     DuplicateRequestError,
     EngineError,
@@ -32,9 +33,12 @@ from semipd_jax.messages import (
     GetStats,
     MemoryLayout,
     Outputs,
+    Partition,
+    PartitionReply,
     Refused,
-    SetShares,
-    Shares,
+    SetPartition,
+    SetSlo,
+    Slo,
     Stats,
     Submit,
     ToCoordinator,
@@ -196,24 +200,70 @@ class EngineClient:
         """Raises UnavailableError if the coordinator does not answer in time."""
         return await self._ask(GetStats, timeout_s)
 
-    async def shares(self, *, prefill: float | None = None, decode: float | None = None) -> Shares:
-        """The phases' compute shares, after a change to those given.
+    async def partition(self) -> Partition:
+        """How compute is divided, by whom, and for what."""
+        return await self.set_partition()
+
+    async def set_partition(
+        self,
+        *,
+        prefill: float | None = None,
+        decode: float | None = None,
+        policy: SharePolicy | None = None,
+    ) -> Partition:
+        """The partition after a change of what is given. A share makes the policy "static" until a
+        policy is set again.
 
         A share on the ladder holds from the phase's next step on. Another one does so once a worker
         is ready; until then the phase runs at the closest share that has one.
 
         Raises:
-          InvalidRequestError: a share is not above 0 and at most 1.
+          InvalidRequestError: a share is not above 0 and at most 1, or the policy cannot work with
+            the engine's options.
         """
         for name, share in (("prefill", prefill), ("decode", decode)):
-            if share is not None and not 0.0 < share <= 1.0:
-                text = f"{name} share is {share}; allowed: above 0 and at most 1"
-                raise InvalidRequestError(text, field=name)
-        return await self._ask(
-            lambda query_id: SetShares(query_id, prefill, decode), _STATS_TIMEOUT_S
-        )
+            allowed = share is None or 0.0 < share <= 1.0
+            _check(allowed, f"{name}_share", share, "above 0 and at most 1")
+        has_shares = (prefill, decode) != (None, None)
+        names = ("static",) if has_shares else POLICIES
+        _check(policy is None or policy in names, "policy", policy, ", ".join(names))
+        return await self._change("policy", lambda i: SetPartition(i, prefill, decode, policy))
 
-    async def _ask(self, query_of: Callable[[int], GetStats | SetShares], timeout_s: float) -> Any:
+    async def set_slo(
+        self,
+        *,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        priority: int | None = None,
+        target: float | None = None,
+    ) -> Partition:
+        """The partition, after a promise took the place of the one before: to requests of a
+        priority, or (None) to those whose priority has no promise of its own.
+
+        Args:
+          ttft_ms, tpot_ms: None promises nothing.
+          target: the share of requests that should meet both; None leaves it as it is.
+
+        Raises:
+          InvalidRequestError: a value is out of range, or the policy cannot work without it.
+        """
+        for name, ms in (("ttft_ms", ttft_ms), ("tpot_ms", tpot_ms)):
+            _check(ms is None or 0 < ms < math.inf, name, ms, "a positive number")
+        _check(target is None or 0 < target < 1, "target", target, "between 0 and 1")
+        slo = Slo(ttft_ms, tpot_ms, priority)
+        return await self._change("slo", lambda i: SetSlo(i, slo, target))
+
+    async def _change(
+        self, field: str, query_of: Callable[[int], SetPartition | SetSlo]
+    ) -> Partition:
+        reply: PartitionReply = await self._ask(query_of, _STATS_TIMEOUT_S)
+        if reply.error is not None:
+            raise InvalidRequestError(reply.error, field=field)
+        return reply.partition
+
+    async def _ask(
+        self, query_of: Callable[[int], GetStats | SetPartition | SetSlo], timeout_s: float
+    ) -> Any:
         """The coordinator's answer to a query, made from its number."""
         link = self._connected()
         query_id = next(self._numbers)
@@ -335,7 +385,7 @@ class EngineClient:
                     error = OverloadedError(text)
                     stream.refused(error)
                     self.observations.refusal(error)
-            case Stats(query_id=query_id) | Shares(query_id=query_id):
+            case Stats(query_id=query_id) | PartitionReply(query_id=query_id):
                 query = self._queries.pop(query_id, None)
                 if query is not None and not query.done():
                     query.set_result(message)
@@ -374,6 +424,11 @@ class EngineClient:
             self._abort(stream.handle, FinishReason.ABORT)
             self.observations.gave_up(ERROR)
             stream.fail("the text of this request cannot be made")
+
+
+def _check(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise InvalidRequestError(f"{field} is {value!r:.100}; allowed: {allowed}", field=field)
 
 
 def _check_request_id(request_id: str) -> None:

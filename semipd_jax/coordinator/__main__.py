@@ -1,10 +1,11 @@
 """`python -m semipd_jax.coordinator`: a child process of the launcher."""
 
+import time
 from typing import Final
 
 from semipd_jax.child import Child, run_child
 from semipd_jax.coordinator.coordinator import Coordinator
-from semipd_jax.coordinator.shares import ShareControl
+from semipd_jax.coordinator.tuned import TunedShares
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import (
     FromCoordinator,
@@ -17,6 +18,7 @@ from semipd_jax.messages import (
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.transport.channels import CLIENTS, WORKERS, Hub, Poller
+from semipd_jax.tuner.setup import targets_of, tuner_factory
 
 _TICK_S: Final = 0.5
 
@@ -40,11 +42,21 @@ def main(child: Child) -> None:
     )
     workers = Hub[FromWorker, ToWorker](spec.run_dir, WORKERS, FromWorker)
     clients = Hub[ToCoordinator, FromCoordinator](spec.run_dir, CLIENTS, ToCoordinator)
+    scheduler = Scheduler(limits)
+    tuning = spec.config.tuner
+    shares = TunedShares(
+        spec.config.shares,
+        tuner_factory(spec.config),
+        scheduler,
+        time.monotonic,
+        policy=tuning.policy,
+        targets=targets_of(tuning),
+    )
     coordinator = Coordinator(
-        Scheduler(limits),
+        scheduler,
         workers,
         clients,
-        ShareControl(spec.config.shares),
+        shares,
         step_timeout_s=spec.config.timeouts.step_s,
         tell_launcher=child.send,
     )
@@ -56,8 +68,8 @@ def main(child: Child) -> None:
         poller.wait(_TICK_S)
         for command in child.receive():
             match command:
-                case WorkerLost(worker_id=worker_id):
-                    coordinator.worker_lost(worker_id)
+                case WorkerLost(worker_id=worker_id, phase=phase):
+                    coordinator.worker_lost(phase, worker_id)
                 case ShareUnavailable(phase=phase, share=share):
                     coordinator.share_unavailable(phase, share)
                 case _:

@@ -8,12 +8,14 @@ again, unchanged, when its worker is lost: it writes the same tokens to the same
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
+from semipd_jax.config import SharePolicy
 from semipd_jax.coordinator.outbox import outputs
+from semipd_jax.coordinator.report import Counts, partition_of, stats_of
 from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.coordinator.workers import PhaseWorkers
+from semipd_jax.errors import ConfigError
 from semipd_jax.messages import (
     Abort,
     Admitted,
@@ -21,16 +23,15 @@ from semipd_jax.messages import (
     FromCoordinator,
     FromWorker,
     GetStats,
+    PartitionReply,
     Phase,
-    PhaseShares,
     PrefillStep,
     Refused,
     RetireWorker,
-    SetShares,
-    Shares,
+    SetPartition,
+    SetSlo,
     Stalled,
     StartWorker,
-    Stats,
     StepDone,
     Submit,
     ToCoordinator,
@@ -39,6 +40,7 @@ from semipd_jax.messages import (
     WorkerReady,
 )
 from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
+from semipd_jax.tuner.slo import SloTarget, SloTargets
 
 DEPTH: Final = 2
 _OTHER: Final[dict[Phase, Phase]] = {"decode": "prefill", "prefill": "decode"}
@@ -52,20 +54,6 @@ class Sender[Message](Protocol):
     """The half of `transport.channels.Hub` that the coordinator needs."""
 
     def send(self, peer: str, message: Message) -> bool: ...
-
-
-@dataclass(slots=True)
-class PlanTimes:
-    """Seconds this process spends on one reply: taking it in, planning the next step, sending."""
-
-    count: int = 0
-    total_s: float = 0.0
-    max_s: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.total_s += seconds
-        self.max_s = max(self.max_s, seconds)
 
 
 class Coordinator:
@@ -97,10 +85,7 @@ class Coordinator:
         self._tell_launcher = tell_launcher
         self._clock = clock
         self._phases: dict[Phase, PhaseWorkers] = {phase: PhaseWorkers(phase) for phase in _OTHER}
-        self._num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
-        self._num_restarts = 0
-        self._num_compiles: dict[str, int] = {}
-        self._times = PlanTimes()
+        self._counts = Counts()
 
     # ------------------------------------------------------------ receive
 
@@ -124,20 +109,19 @@ class Coordinator:
                 self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
                 self._send_steps()  # a row and pages may have come free
             case GetStats(query_id=query_id):
-                self._to_client(client, self._stats(query_id))
-            case SetShares(query_id=query_id, prefill=prefill, decode=decode):
-                if prefill is not None:
-                    self._ask_for("prefill", prefill)
-                if decode is not None:
-                    self._ask_for("decode", decode)
-                self._to_client(client, self._share_report(query_id))
+                partition = partition_of(self._shares, self._phases, now)
+                args = (query_id, self._counts, partition, self._scheduler, self._shares, now)
+                self._to_client(client, stats_of(*args))
+            case SetPartition():
+                self._set_partition(client, message)
+            case SetSlo():
+                self._set_slo(client, message)
 
-    def worker_lost(self, worker_id: str) -> None:
+    def worker_lost(self, phase: Phase, worker_id: str) -> None:
         """The process is gone for good, and a replacement is being started."""
-        self._num_restarts += 1
-        for workers in self._phases.values():
-            if worker_id in workers.shares:
-                self._remove(workers, worker_id)
+        self._counts.num_restarts[phase] += 1
+        if worker_id in self._phases[phase].shares:
+            self._remove(self._phases[phase], worker_id)
 
     def share_unavailable(self, phase: Phase, share: float) -> None:
         """No worker could be started at this share: the phase stays at the one it has."""
@@ -171,19 +155,21 @@ class Coordinator:
         phase = next((p for p in self._phases.values() if p.holder == reply.worker_id), None)
         if phase is None or not phase.answered(reply.worker_id, reply.step_id, now):
             return  # from a worker that was given up meanwhile
-        self._num_steps[phase.phase] += 1
-        self._num_compiles[reply.worker_id] = reply.num_compiles
+        self._counts.num_steps[phase.phase] += 1
+        self._counts.num_compiles[reply.worker_id] = reply.num_compiles
+        self._shares.step_done(phase.phase, reply.device_s)
         result = self._scheduler.step_done(reply, now_s=now)
         self._send_steps()
         self._deliver(result)
         self._retire_spare(phase)
-        self._times.add(time.perf_counter() - started)
+        self._counts.plan_times.add(time.perf_counter() - started)
 
     def _remove(self, workers: PhaseWorkers, worker_id: str) -> None:
         """Takes back the steps of a worker that was lost."""
         step_ids = workers.remove(worker_id)
         _log.warning("%s was lost with %d steps in flight", worker_id, len(step_ids))
         if step_ids:
+            self._shares.steps_lost(workers.phase)
             self._deliver(self._scheduler.worker_lost(step_ids, now_s=self._clock()))
         self._send_steps()
 
@@ -204,17 +190,32 @@ class Coordinator:
             workers.remove(worker_id)
             self._tell_launcher(RetireWorker(worker_id=worker_id))
 
-    def _share_report(self, query_id: int) -> Shares:
-        def of(phase: Phase) -> PhaseShares:
-            workers = self._phases[phase]
-            return PhaseShares(
-                asked=self._shares.asked[phase],
-                current=workers.share,
-                warm=tuple(sorted(workers.shares.values())),
-                num_switches=workers.num_switches,
-            )
+    def _set_partition(self, client: str, message: SetPartition) -> None:
+        given = (message.prefill, message.decode) != (None, None)
+        policy = "static" if given else message.policy
+        error = None if policy is None else self._set_policy(policy, self._shares.targets)
+        if error is None:
+            if message.prefill is not None:
+                self._ask_for("prefill", message.prefill)
+            if message.decode is not None:
+                self._ask_for("decode", message.decode)
+        self._reply(client, message.query_id, error)
 
-        return Shares(query_id, of("prefill"), of("decode"))
+    def _set_slo(self, client: str, message: SetSlo) -> None:
+        targets = _with_slo(self._shares.targets, message)
+        self._reply(client, message.query_id, self._set_policy(self._shares.policy, targets))
+
+    def _set_policy(self, policy: SharePolicy, targets: SloTargets) -> str | None:
+        """Why it cannot be set."""
+        try:
+            self._shares.set_policy(policy, targets)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _reply(self, client: str, query_id: int, error: str | None) -> None:
+        partition = partition_of(self._shares, self._phases, self._clock())
+        self._to_client(client, PartitionReply(query_id, partition, error))
 
     # ------------------------------------------------------------ plan and send
 
@@ -229,6 +230,7 @@ class Coordinator:
                 if planned is None:
                     break
                 workers.sent(worker_id, planned.step.step_id, self._clock())
+                self._shares.step_sent(phase, planned.step, workers.shares[worker_id])
                 if not self._workers.send(worker_id, planned.step):
                     # It is about to be reported lost, and the step is taken back then.
                     _log.warning("%s cannot be reached", worker_id)
@@ -249,6 +251,12 @@ class Coordinator:
                 )
 
     def _deliver(self, result: Result) -> None:
+        self._counts.num_output_tokens += len(result.tokens)
+        for ending in result.endings:
+            now = self._clock()
+            times = self._counts.attainment.add(ending, self._shares.targets, now)
+            if times is not None:
+                self._shares.request_ended(times)
         for client, message in outputs(result):
             self._to_client(client, message)
 
@@ -258,23 +266,12 @@ class Coordinator:
             self._scheduler.abort_client(client, now_s=self._clock())
             self._send_steps()
 
-    def _stats(self, query_id: int) -> Stats:
-        state = self._scheduler.state
-        return Stats(
-            query_id=query_id,
-            num_running=len(state.requests) - len(state.waiting),
-            num_waiting=len(state.waiting),
-            num_pages=state.limits.num_pages - 1,
-            num_free_pages=state.pages.num_available,
-            num_quarantined_pages=state.quarantine.num_pages,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_prefill_steps=self._num_steps["prefill"],
-            num_decode_steps=self._num_steps["decode"],
-            num_worker_restarts=self._num_restarts,
-            num_compiles=sum(self._num_compiles.values()),
-            max_plan_s=self._times.max_s,
-            mean_plan_s=self._times.total_s / max(self._times.count, 1),
-            num_cached_pages=state.pages.num_sealed,
-            prefix_cache_queries=self._scheduler.prefix_cache_queries,
-            prefix_cache_hits=self._scheduler.prefix_cache_hits,
-        )
+
+def _with_slo(targets: SloTargets, change: SetSlo) -> SloTargets:
+    slo, attainment = SloTarget(change.slo.ttft_ms, change.slo.tpot_ms), change.target
+    by_class, default = dict(targets.by_class), targets.default
+    if change.slo.priority is None:
+        default = slo
+    else:
+        by_class[change.slo.priority] = slo
+    return SloTargets(default, by_class, targets.attainment if attainment is None else attainment)

@@ -1,52 +1,116 @@
 """Shares that a tuner chooses before every step, from what the scheduler is about to send."""
 
+import logging
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
+import msgspec
 import numpy as np
 
-from semipd_jax.config import ShareConfig
+from semipd_jax.config import ShareConfig, SharePolicy
+from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.shares import ShareControl
-from semipd_jax.messages import Phase
+from semipd_jax.messages import OTHER_PHASE, Choice, DecodeStep, Phase, PrefillStep
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import SchedulerState
 from semipd_jax.tuner.latency import Sample
 from semipd_jax.tuner.policy import Decision, FinishedRequest, Observation, Shares
+from semipd_jax.tuner.slo import SloTargets
 from semipd_jax.tuner.tuner import Tuner
-from semipd_jax.tuner.work import Work
+from semipd_jax.tuner.work import Work, work_of
 
-_OTHER: Final[dict[Phase, Phase]] = {"prefill": "decode", "decode": "prefill"}
+type TunerOf = Callable[[SharePolicy, SloTargets, Shares], Tuner | None]
+"""Policy, promises, present shares → the tuner, None for "static". Raises ConfigError if the policy
+cannot work."""
+
+_LOG_EVERY_S: Final = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    work: Work
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    decision: Decision
+    phase: Phase
+    now_s: float
 
 
 class TunedShares(ShareControl):
     """
     Args:
       config: the ladder, and the shares to begin with.
+      tuner_of: makes the tuner of a policy.
       clock: seconds, the coordinator's.
-
-    Attributes:
-      decision: the latest one.
     """
 
     def __init__(
-        self, config: ShareConfig, tuner: Tuner, scheduler: Scheduler, clock: Callable[[], float]
+        self,
+        config: ShareConfig,
+        tuner_of: TunerOf,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+        *,
+        policy: SharePolicy = "static",
+        targets: SloTargets | None = None,
     ) -> None:
-        super().__init__(config)
-        self._tuner = tuner
+        super().__init__(config, targets)
+        self._tuner_of = tuner_of
         self._scheduler = scheduler
         self._clock = clock
-        self._sent: dict[Phase, Work | None] = {"prefill": None, "decode": None}
+        self._in_flight: dict[Phase, deque[_InFlight]] = {"prefill": deque(), "decode": deque()}
+        self._overlaps = Overlaps()
         self._finished: list[FinishedRequest] = []
-        self.decision: Decision | None = None
+        self._latest: _Decided | None = None
+        self._logged_s = -_LOG_EVERY_S
+        self._num_unlogged = 0
+        self._tuner: Tuner | None = None
+        self.set_policy(policy, self.targets)
+
+    def set_policy(self, policy: SharePolicy, targets: SloTargets) -> None:
+        now = Shares(self.asked["prefill"], self.asked["decode"])
+        self._tuner = self._tuner_of(policy, targets, now)
+        self.policy, self.targets = policy, targets
+        self._latest = None
+        self._finished = []
+        if self._tuner is not None:
+            self.errors = self._tuner.errors
+
+    def choice(self, now_s: float) -> Choice | None:
+        if self._latest is None:
+            return None
+        decision = self._latest.decision
+        return Choice(
+            age_s=now_s - self._latest.now_s,
+            phase=self._latest.phase,
+            prefill=decision.shares.prefill,
+            decode=decision.shares.decode,
+            reason=decision.reason,
+            predicted_prefill_s=decision.predicted_prefill_s,
+            predicted_decode_s=decision.predicted_decode_s,
+            inputs=dict(decision.inputs),
+        )
+
+    # ------------------------------------------------------------ before a step
 
     def wanted(self, phase: Phase, *, is_alone: bool) -> float:
+        if self._tuner is None:
+            return super().wanted(phase, is_alone=is_alone)
         state = self._scheduler.state
         work = upcoming_prefill(state) if phase == "prefill" else upcoming_decode(state)
         if work is None:  # no step will be sent
             return self.asked[phase]
-        other = None if is_alone else self._sent[_OTHER[phase]]
-        self.decision = self._tuner.decide(
+        beside = self._in_flight[OTHER_PHASE[phase]]
+        other = None if is_alone or not beside else beside[-1].work
+        decision = self._tuner.decide(
             Observation(
                 now_s=self._clock(),
                 phase=phase,
@@ -54,21 +118,63 @@ class TunedShares(ShareControl):
                 decode=work if phase == "decode" else other,
                 shares=Shares(self.asked["prefill"], self.asked["decode"]),
                 kv_used=1 - state.pages.num_available / (state.limits.num_pages - 1),
+                priorities=self._decoding_priorities(),
                 finished=self._finished,
             )
         )
         self._finished = []
-        self.asked[phase] = self.decision.shares.of(phase)
+        self._take(decision, phase)
         return self.asked[phase]
 
-    def step_sent(self, work: Work) -> None:
-        self._sent[work.phase] = work
+    def _decoding_priorities(self) -> frozenset[int]:
+        if not self.targets.by_class:
+            return frozenset({0})
+        return frozenset(r.request.priority for r in self._scheduler.state.decoding) or {0}
 
-    def step_done(self, sample: Sample) -> None:
-        self._tuner.step_done(sample)
+    def _take(self, decision: Decision, phase: Phase) -> None:
+        now_s, share = self._clock(), decision.shares.of(phase)
+        self._latest = _Decided(decision, phase, now_s)
+        if share == self.asked[phase]:
+            return
+        if now_s - self._logged_s < _LOG_EVERY_S:
+            self._num_unlogged += 1
+        else:
+            record = {
+                "phase": phase,
+                "from": self.asked[phase],
+                "to": share,
+                "policy": self.policy,
+                **decision.record(),
+                "not_logged": self._num_unlogged,
+            }
+            _log.info("share changes: %s", msgspec.json.encode(record).decode())
+            self._logged_s, self._num_unlogged = now_s, 0
+        self.asked[phase] = share
 
-    def request_finished(self, request: FinishedRequest) -> None:
-        self._finished.append(request)
+    # ------------------------------------------------------------ after a step
+
+    def step_sent(self, phase: Phase, step: PrefillStep | DecodeStep, share: float) -> None:
+        steps = self._in_flight[phase]
+        steps.append(_InFlight(work_of(step), share))
+        if len(steps) == 1:
+            self._overlaps.began(phase, share, self._clock())
+
+    def step_done(self, phase: Phase, device_s: float) -> None:
+        steps, now_s = self._in_flight[phase], self._clock()
+        done = steps.popleft()
+        conditions = self._overlaps.ended(phase, now_s)
+        if steps:
+            self._overlaps.began(phase, steps[0].share, now_s)
+        if self._tuner is not None and device_s > 0:
+            self._tuner.step_done(Sample(done.work, conditions, device_s))
+
+    def steps_lost(self, phase: Phase) -> None:
+        self._in_flight[phase].clear()
+        self._overlaps.lost(phase, self._clock())
+
+    def request_ended(self, request: FinishedRequest) -> None:
+        if self._tuner is not None:
+            self._finished.append(request)
 
 
 def upcoming_decode(state: SchedulerState) -> Work | None:

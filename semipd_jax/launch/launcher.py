@@ -329,7 +329,7 @@ class Launcher:
     def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
         _log.warning("%s", _failure(slot.name, status, words))
         assert self._coordinator is not None
-        self._coordinator.send(WorkerLost(worker_id=slot.worker_id))
+        self._coordinator.send(WorkerLost(worker_id=slot.worker_id, phase=slot.phase))
         if slot.is_ready:
             slot.down_since_s = time.monotonic()
         elif status >= 0:

@@ -34,6 +34,11 @@ class PagePool:
     def num_sealed(self) -> int:
         return len(self._sealed)
 
+    @property
+    def num_unused(self) -> int:
+        """Sealed pages that nobody references."""
+        return len(self._unused)
+
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """The sealed pages of the longest prefix of `keys` that is there. Takes nothing."""
         page_ids: list[int] = []

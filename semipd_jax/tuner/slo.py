@@ -25,10 +25,14 @@ class SloTarget:
             require(value is None or value > 0, name, value, "a positive number, or unset")
 
     def is_met(self, *, ttft_s: float, tpot_s: float | None) -> bool:
+        return self.ttft_is_met(ttft_s) and self.tpot_is_met(tpot_s)
+
+    def ttft_is_met(self, ttft_s: float) -> bool:
+        return self.ttft_ms is None or ttft_s * _MS_PER_S <= self.ttft_ms
+
+    def tpot_is_met(self, tpot_s: float | None) -> bool:
         """`tpot_s` is None for a request with a single token: it has no TPOT to miss."""
-        in_time = self.ttft_ms is None or ttft_s * _MS_PER_S <= self.ttft_ms
-        paced = self.tpot_ms is None or tpot_s is None or tpot_s * _MS_PER_S <= self.tpot_ms
-        return in_time and paced
+        return self.tpot_ms is None or tpot_s is None or tpot_s * _MS_PER_S <= self.tpot_ms
 
 
 @dataclass(frozen=True, slots=True)

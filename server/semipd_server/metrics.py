@@ -16,13 +16,15 @@ from prometheus_client.metrics_core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from semipd_jax.client.observations import Histogram, Observations
 from semipd_jax.errors import UnavailableError
-from semipd_jax.messages import MemoryLayout, Stats
+from semipd_jax.messages import MemoryLayout, Partition, Phase, PredictionError, Stats
+from semipd_server.control_convert import pages_by_state
 from semipd_server.gate import Gate
 
 _STATS_TIMEOUT_S: Final = 2.0
@@ -63,10 +65,11 @@ _ENGINE_COUNTERS: Final = (
     ("prefix_cache_hits", "Prompt tokens found", "prefix_cache_hits"),
     ("prefill_steps", "Prefill steps", "num_prefill_steps"),
     ("decode_steps", "Decode steps", "num_decode_steps"),
-    ("worker_restarts", "Workers that were replaced", "num_worker_restarts"),
     ("compiles_after_warmup", "Programs compiled while serving", "num_compiles"),
 )
 """Name, text, (label,) attribute of `Observations` or `Stats`."""
+
+_PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
 
 class Metrics:
@@ -137,12 +140,57 @@ class _Names:
             yield self._gauge(name, text, getattr(stats, attribute))
         for name, text, attribute in _ENGINE_COUNTERS:
             yield self._counter(name, text, getattr(stats, attribute))
-        free, quarantined = stats.num_free_pages, stats.num_quarantined_pages
-        used = stats.num_pages - free - quarantined
-        yield self._pages({"free": free, "used": used, "quarantined": quarantined})
-        share = 1.0 - free / max(stats.num_pages, 1)
+        pages = {(state,): n for state, n in pages_by_state(stats).items()}
+        yield self._gauges("kv_pages", "KV pages, by state", ("state",), pages)
+        share = 1.0 - stats.num_free_pages / max(stats.num_pages, 1)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV pages not free, 0 to 1", share)
+        restarts = {p: getattr(stats, f"num_{p}_restarts") for p in _PHASES}
+        yield self._by_word("worker_restarts", "Workers that were replaced", "phase", restarts)
+        yield from self._of_partition(stats.partition)
+        yield from self._of_promises(stats)
+        yield self._prediction_error(stats)
         yield self._cache_config(layout)
+
+    def _of_partition(self, partition: Partition) -> Iterator[Metric]:
+        shares = {p: getattr(partition, p) for p in _PHASES}
+        asked = {(p, "asked"): s.asked for p, s in shares.items()}
+        current = {(p, "current"): s.current for p, s in shares.items() if s.current is not None}
+        text = "Share of the compute, as chosen and of the last step"
+        yield self._gauges("sm_share", text, ("phase", "kind"), asked | current)
+        changes = {p: s.num_switches for p, s in shares.items()}
+        yield self._by_word("partition_changes", "Steps at another share", "phase", changes)
+
+    def _of_promises(self, stats: Stats) -> Iterator[Metric]:
+        """Without a promise there is no target, and every request that did not fail met it."""
+        default, slo, recent = stats.partition.slos[0], stats.slo, stats.recent
+        targets = {
+            (name,): ms / 1e3
+            for name, ms in (("ttft", default.ttft_ms), ("tpot", default.tpot_ms))
+            if ms is not None
+        }
+        yield self._gauges("slo_target_seconds", "What is promised", ("slo",), targets)
+        yield self._gauge(
+            "slo_attainment_target", "Share that should meet both", stats.partition.slo_target
+        )
+        met = {"ttft": slo.num_ttft_met, "tpot": slo.num_tpot_met, "both": slo.num_met}
+        yield self._by_word("slo_met_requests", "Requests that met a target", "slo", met)
+        yield self._counter("slo_requests", "Requests that had a target to meet", slo.num_ended)
+        text = "Requests that met both targets"
+        yield self._counter("goodput_requests", text, slo.num_met)
+        text = f"Share of the requests of the last {recent.window_s:.0f} s that met both targets"
+        part = recent.num_met / recent.num_ended if recent.num_ended else float("nan")
+        yield self._gauge("slo_attainment", text, part)
+
+    def _prediction_error(self, stats: Stats) -> Metric:
+        family = SummaryMetricFamily(
+            f"{self._prefix}:step_prediction_error",
+            "Of step times, as a part of the prediction",
+            labels=(*_LABELS, "phase"),
+        )
+        for phase in _PHASES:
+            error: PredictionError = getattr(stats, f"{phase}_error")
+            family.add_metric((*self._labels, phase), error.count, error.total)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=_LABELS)
@@ -160,11 +208,16 @@ class _Names:
             family.add_metric((*self._labels, str(word)), count)
         return family
 
-    def _pages(self, counts: Mapping[str, int]) -> Metric:
-        name = f"{self._prefix}:kv_pages"
-        family = GaugeMetricFamily(name, "KV pages, by state", labels=(*_LABELS, "state"))
-        for state, count in counts.items():
-            family.add_metric((*self._labels, state), count)
+    def _gauges(
+        self,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        values: Mapping[tuple[str, ...], float],
+    ) -> Metric:
+        family = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=(*_LABELS, *labels))
+        for words, value in values.items():
+            family.add_metric((*self._labels, *words), value)
         return family
 
     def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:

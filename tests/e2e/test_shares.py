@@ -29,7 +29,8 @@ def test_shares_that_change_all_the_time_change_no_token(compile_cache):
     async def change(engine: AsyncEngine, done: asyncio.Event) -> None:
         rng = random.Random(0)
         while not done.is_set():
-            await engine.shares(prefill=rng.choice([0.5, 1.0]), decode=rng.choice([0.5, 1.0]))
+            prefill, decode = rng.choices([0.5, 1.0], k=2)
+            await engine.set_partition(prefill=prefill, decode=decode)
             await asyncio.sleep(0.005)  # about a step: a move waits for those in flight
 
     async def run() -> None:
@@ -46,7 +47,7 @@ def test_shares_that_change_all_the_time_change_no_token(compile_cache):
             )
             done.set()
             await changing
-            stats, shares = await engine.stats(), await engine.shares()
+            stats, shares = await engine.stats(), await engine.partition()
             num_steps = stats.num_prefill_steps + stats.num_decode_steps
             assert num_steps - before.num_prefill_steps - before.num_decode_steps >= MIN_STEPS
             assert min(shares.prefill.num_switches, shares.decode.num_switches) >= 20
@@ -64,11 +65,11 @@ def test_a_share_beside_the_ladder_takes_over_while_streams_go_on(compile_cache)
             compile_cache_dir=compile_cache,
         ) as engine:  # fmt: skip
             undisturbed = await tokens_of(engine, 1)
-            await engine.shares(decode=0.5)
-            while 0.5 not in (await engine.shares()).decode.warm:
+            await engine.set_partition(decode=0.5)
+            while 0.5 not in (await engine.partition()).decode.warm:
                 assert await tokens_of(engine, 1) == undisturbed
             assert "decode worker 0.50" in engine_processes()
-            await engine.shares(decode=1.0)
+            await engine.set_partition(decode=1.0)
             assert await tokens_of(engine, 1) == undisturbed
             while "decode worker 0.50" in engine_processes():
                 await asyncio.sleep(0.1)

@@ -51,7 +51,7 @@ def test_steps_of_a_lost_worker_are_planned_again_for_its_replacement(engine):
     engine.answer("prefill-1")
     engine.device.run(engine.queue("decode-1")[0])  # it ran, the answer was lost
     engine.queue("decode-1").clear()
-    engine.coordinator.worker_lost("decode-1")
+    engine.coordinator.worker_lost("decode", "decode-1")
     engine.scheduler.state.check()
     engine.coordinator.from_worker(WorkerReady("decode-2", "decode", 1.0))
     while engine.queue("decode-2"):
@@ -63,7 +63,7 @@ def test_a_late_answer_of_a_lost_worker_counts_for_nothing(engine):
     request = engine.submit(1)
     engine.answer("prefill-1")
     late = engine.device.run(engine.queue("decode-1")[0], "decode-1")
-    engine.coordinator.worker_lost("decode-1")
+    engine.coordinator.worker_lost("decode", "decode-1")
     engine.coordinator.from_worker(WorkerReady("decode-2", "decode", 1.0))
     engine.coordinator.from_worker(late)
     assert len(engine.received()[0][1]) == 1

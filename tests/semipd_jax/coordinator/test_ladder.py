@@ -6,7 +6,14 @@ import pytest
 from coordinator_rig import Engine, expected
 
 from semipd_jax.config import ShareConfig
-from semipd_jax.messages import RetireWorker, SetShares, Shares, StartWorker, WorkerReady
+from semipd_jax.messages import (
+    Partition,
+    PartitionReply,
+    RetireWorker,
+    SetPartition,
+    StartWorker,
+    WorkerReady,
+)
 
 LADDER = ShareConfig(prefill=0.5, decode=0.5, ladder=(1.0,))
 
@@ -20,11 +27,11 @@ def engine() -> Engine:
     return engine
 
 
-def ask(engine: Engine, **shares: float) -> Shares:
-    engine.coordinator.from_client("control", SetShares(1, **shares))
+def ask(engine: Engine, **shares: float) -> Partition:
+    engine.coordinator.from_client("control", SetPartition(1, **shares))
     report = engine.clients.messages["control"][-1]
-    assert isinstance(report, Shares)
-    return report
+    assert isinstance(report, PartitionReply)
+    return report.partition
 
 
 def busy(engine: Engine) -> list[str]:
@@ -118,7 +125,7 @@ def test_the_loss_of_the_active_worker_moves_its_steps_to_another_rung(engine):
     request = engine.submit(1, max_tokens=20)
     engine.answer("prefill-1.0")
     engine.queue("decode-1.0").clear()
-    engine.coordinator.worker_lost("decode-1.0")
+    engine.coordinator.worker_lost("decode", "decode-1.0")
     assert busy(engine) == ["decode-0.5"]
     run(engine)
     assert engine.received()[0][1] == expected(request)
@@ -127,7 +134,7 @@ def test_the_loss_of_the_active_worker_moves_its_steps_to_another_rung(engine):
 def test_the_loss_of_an_idle_rung_changes_nothing(engine):
     request = engine.submit(1, max_tokens=20)
     engine.answer("prefill-1.0")
-    engine.coordinator.worker_lost("decode-0.5")
+    engine.coordinator.worker_lost("decode", "decode-0.5")
     assert busy(engine) == ["decode-1.0"]
     run(engine)
     assert engine.received()[0][1] == expected(request)

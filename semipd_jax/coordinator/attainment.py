@@ -1,0 +1,76 @@
+"""Which requests got what was promised: counts since the start, and the latest ones."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from semipd_jax.messages import Percentiles, RecentRequests, SloCounts
+from semipd_jax.request import FinishReason
+from semipd_jax.scheduler.scheduler import Ending
+from semipd_jax.tuner.policy import FinishedRequest
+from semipd_jax.tuner.slo import SloTarget, SloTargets
+
+WINDOW_S: Final = 60.0
+_MAX_RECENT: Final = 1024
+
+
+class Attainment:
+    """Judges each request when it ends, by the targets of that moment."""
+
+    def __init__(self) -> None:
+        self._num_ended = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
+        self._recent: deque[tuple[float, FinishedRequest | None, bool]] = deque(maxlen=_MAX_RECENT)
+
+    def add(self, ending: Ending, targets: SloTargets, now_s: float) -> FinishedRequest | None:
+        """Takes in a request's end; its times, unless its client aborted it or it failed."""
+        has_failed = ending.error is not None
+        if ending.reason is FinishReason.ABORT and not has_failed:
+            return None
+        times = None if has_failed else finished_request(ending)
+        is_met = times is not None and self._judge(times, targets.of(times.priority))
+        self._num_ended += 1
+        self._num_met += is_met
+        self._recent.append((now_s, times, is_met))
+        return times
+
+    def counts(self) -> SloCounts:
+        return SloCounts(self._num_ended, self._num_met, self._num_ttft_met, self._num_tpot_met)
+
+    def recent(self, now_s: float) -> RecentRequests:
+        while self._recent and self._recent[0][0] < now_s - WINDOW_S:
+            self._recent.popleft()
+        served = [times for _, times, _ in self._recent if times is not None]
+        return RecentRequests(
+            WINDOW_S,
+            len(self._recent),
+            sum(is_met for _, _, is_met in self._recent),
+            _percentiles([times.ttft_s for times in served]),
+            _percentiles([times.tpot_s for times in served if times.tpot_s is not None]),
+        )
+
+    def _judge(self, times: FinishedRequest, target: SloTarget) -> bool:
+        in_time = target.ttft_is_met(times.ttft_s)
+        paced = target.tpot_is_met(times.tpot_s)
+        self._num_ttft_met += in_time
+        self._num_tpot_met += paced
+        return in_time and paced
+
+
+def finished_request(ending: Ending) -> FinishedRequest:
+    timings, num_tokens = ending.timings, ending.request.num_output
+    return FinishedRequest(
+        arrival_s=ending.request.arrival_s,
+        queue_s=timings.queue_s,
+        prefill_s=timings.prefill_s,
+        tpot_s=timings.decode_s / (num_tokens - 1) if num_tokens > 1 else None,
+        priority=ending.request.request.priority,
+    )
+
+
+def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
+    if not seconds:
+        return None
+    p50, p90, p99 = np.percentile(seconds, (50, 90, 99)).tolist()
+    return Percentiles(p50, p90, p99)
