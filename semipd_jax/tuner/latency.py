@@ -10,10 +10,12 @@ the reachable fraction of the memory bandwidth, and a = 1 while the other phase 
 where n counts query tokens, m pairs of query and key, c context tokens (`tuner.work`).
 
 The effective share is the worker's own as long as both shares fit on the device. Beyond that it is
-own / (own + other): "the two phases share 100%" (semi-PD, arXiv 2504.19867, section 5). Bandwidth
-saturates at a fraction of the SMs (Bullet, arXiv 2504.19516: about 30 of 108 on an A100; DuetServe,
-arXiv 2511.04791: a fifth of an H100's reaches about 60 %). Every term falls with the own share and
-grows with the other's, so more share never predicts slower.
+at least own / (own + other), "the two phases share 100%" (semi-PD, arXiv 2504.19867, section 5),
+and at most its own, if the other phase waits for memory and leaves it the arithmetic: `yielding`
+says how far in between, and is measured. Bandwidth saturates at a fraction of the SMs (Bullet,
+arXiv 2504.19516: about 30 of 108 on an A100; DuetServe, arXiv 2511.04791: a fifth of an H100's
+reaches about 60 %). Every term falls with the own share and grows with the other's, so more share
+never predicts slower.
 """
 
 from collections.abc import Mapping
@@ -46,9 +48,15 @@ FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
 """Coefficient → the amount that it is the seconds of."""
 
 
-def effective_share(own: float, other: float) -> float:
-    """What a phase gets of the device beside a running phase of share `other` (0: it is idle)."""
-    return own / (own + other) if own + other > 1 else own
+def effective_share(own: float, other: float, yielding: float = 0.0) -> float:
+    """What a phase gets of the device beside a running phase of share `other` (0: it is idle).
+
+    `yielding` is how much of what does not fit the other phase leaves to it, 0 to 1.
+    """
+    if own + other <= 1:
+        return own
+    normalised = own / (own + other)
+    return normalised + yielding * (own - normalised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,7 @@ class Terms:
     Attributes:
       memory, compute: what scales with 1 / b and 1 / s.
       memory_contention, compute_contention: what is added to them while the other phase runs.
+      saturation, yielding: see `LatencyModel`.
     """
 
     fixed: float
@@ -66,10 +75,11 @@ class Terms:
     memory_contention: float
     compute_contention: float
     saturation: float
+    yielding: float
 
     def at(self, own: float, other: float) -> float:
         """Seconds under the share `own`, all the while beside a phase of `other` (0: idle)."""
-        share = effective_share(own, other)
+        share = effective_share(own, other, self.yielding)
         memory, compute = self.memory, self.compute
         if other > 0:
             memory += self.memory_contention
@@ -106,12 +116,17 @@ class LatencyModel:
     Args:
       coefficients: of each phase, in the order of FEATURES, ≥ 0.
       saturation: share of the device that reaches the whole memory bandwidth.
+      yielding: what is left to each phase of what does not fit, see `effective_share`.
     """
 
     def __init__(
-        self, coefficients: Mapping[Phase, Float64[np.ndarray, " k"]], saturation: float
+        self,
+        coefficients: Mapping[Phase, Float64[np.ndarray, " k"]],
+        saturation: float,
+        yielding: Mapping[Phase, float],
     ) -> None:
         self.saturation = saturation
+        self.yielding = dict(yielding)
         self._coefficients: dict[Phase, list[float]] = {}
         for phase, values in coefficients.items():
             self.set(phase, values)
@@ -127,7 +142,9 @@ class LatencyModel:
             fixed, weights, tokens, pairs, contention = self._coefficients["prefill"]
             compute = tokens * work.num_tokens / 1e3 + pairs * work.num_pairs / 1e6
             slowed = contention * work.num_tokens / 1e3
-            return Terms(fixed, weights, compute, 0.0, slowed, self.saturation)
+            return Terms(
+                fixed, weights, compute, 0.0, slowed, self.saturation, self.yielding["prefill"]
+            )
         fixed, weights, context, rows, weights_slowed, context_slowed = self._coefficients["decode"]
         contexts = work.context_tokens / 1e5
         return Terms(
@@ -137,6 +154,7 @@ class LatencyModel:
             weights_slowed + context_slowed * contexts,
             0.0,
             self.saturation,
+            self.yielding["decode"],
         )
 
     def predict(self, work: Work, conditions: Conditions) -> float:
@@ -147,7 +165,8 @@ class LatencyModel:
     def features(self, work: Work, conditions: Conditions) -> Float64[np.ndarray, " k"]:
         """What the coefficients multiply. Time alone and time beside the other phase are mixed."""
         own, other, part = conditions.share, conditions.other_share, conditions.overlap
-        together = self._features(work, effective_share(own, other), 1.0)
+        share = effective_share(own, other, self.yielding[work.phase])
+        together = self._features(work, share, 1.0)
         return part * together + (1 - part) * self._features(work, own, 0.0)
 
     def _features(self, work: Work, share: float, active: float) -> Float64[np.ndarray, " k"]:

@@ -17,7 +17,7 @@ from semipd_jax.tuner.work import Work
 type Ladder = tuple[float, ...]
 """Shares that have workers, ascending; the last one is 1.0."""
 
-DEFAULT_LADDER: Final[Ladder] = (0.4, 0.6, 0.8, 1.0)
+DEFAULT_LADDER: Final[Ladder] = (0.2, 0.4, 0.7, 1.0)
 
 
 def check_ladder(ladder: Ladder) -> None:

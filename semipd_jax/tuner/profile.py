@@ -17,6 +17,7 @@ from semipd_jax.messages import Phase
 from semipd_jax.tuner.latency import FEATURES, LatencyModel, Sample
 
 SCHEMA: Final = "semipd.latency/1"
+_YIELDINGS: Final = tuple(i / 10 for i in range(11))
 
 type Source = Literal["modelled", "measured"]
 
@@ -26,6 +27,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
       notes: where the numbers come from.
       saturation: share of the device that reaches the whole memory bandwidth.
+      yielding: phase → what the other phase leaves to it, see `latency.effective_share`.
       coefficients: phase → name → seconds, see `latency.FEATURES`.
       error: phase → mean relative error of the fit on its own samples.
     """
@@ -36,6 +38,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     model: str
     notes: tuple[str, ...] = ()
     saturation: float
+    yielding: dict[Phase, float]
     coefficients: dict[Phase, dict[str, float]]
     error: dict[Phase, float] = {}
 
@@ -49,6 +52,8 @@ def from_json(text: str | bytes) -> Profile:
     require(profile.schema == SCHEMA, "schema", profile.schema, SCHEMA)
     require(0 < profile.saturation <= 1, "saturation", profile.saturation, "above 0, at most 1")
     for phase, names in FEATURES.items():
+        yielding = profile.yielding.get(phase, -1.0)
+        require(0 <= yielding <= 1, f"yielding.{phase}", yielding, "0 to 1")
         given = profile.coefficients.get(phase, {})
         missing = ", ".join(names)
         require(given.keys() == names.keys(), f"coefficients.{phase}", sorted(given), missing)
@@ -66,25 +71,37 @@ def model_of(profile: Profile) -> LatencyModel:
         phase: np.array([profile.coefficients[phase][name] for name in names])
         for phase, names in FEATURES.items()
     }
-    return LatencyModel(values, profile.saturation)
+    return LatencyModel(values, profile.saturation, profile.yielding)
 
 
 def fit(samples: Sequence[Sample], *, saturation: float) -> LatencyModel:
-    """Least squares of relative errors, coefficients ≥ 0.
+    """Least squares of relative errors, coefficients ≥ 0, with the best `yielding` of a few.
 
     Raises ValueError if a phase has fewer samples than coefficients.
     """
-    by_phase: defaultdict[Phase, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_phase[sample.work.phase].append(sample)
-    model = LatencyModel({p: np.zeros(len(names)) for p, names in FEATURES.items()}, saturation)
+    best: dict[Phase, tuple[float, np.ndarray]] = {}
     for phase, names in FEATURES.items():
-        own = by_phase[phase]
+        own = [s for s in samples if s.work.phase == phase]
         if len(own) < len(names):
             raise ValueError(f"{len(own)} {phase} samples; at least {len(names)} are needed")
-        rows = np.array([model.features(s.work, s.conditions) / s.seconds for s in own])
-        model.set(phase, _non_negative(rows))
-    return model
+        fits = [(*_fit(own, phase, saturation, y), y) for y in _YIELDINGS]
+        _, coefficients, yielding = min(fits, key=lambda f: f[0])
+        best[phase] = yielding, coefficients
+    return LatencyModel(
+        {phase: coefficients for phase, (_, coefficients) in best.items()},
+        saturation,
+        {phase: yielding for phase, (yielding, _) in best.items()},
+    )
+
+
+def _fit(
+    samples: Sequence[Sample], phase: Phase, saturation: float, yielding: float
+) -> tuple[float, np.ndarray]:
+    """The error and the coefficients of one phase."""
+    model = LatencyModel({phase: np.zeros(len(FEATURES[phase]))}, saturation, {phase: yielding})
+    rows = np.array([model.features(s.work, s.conditions) / s.seconds for s in samples])
+    coefficients = _non_negative(rows)
+    return float(np.square(rows @ coefficients - 1).mean()), coefficients
 
 
 def mean_error(model: LatencyModel, samples: Sequence[Sample]) -> dict[Phase, float]:

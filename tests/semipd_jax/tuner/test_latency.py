@@ -21,6 +21,8 @@ from semipd_jax.tuner.work import Work, work_of
 PREFILL = np.array([1e-3, 5e-3, 25e-3, 2e-3, 4e-3])
 DECODE = np.array([0.5e-3, 6e-3, 8e-3, 1e-3, 1e-3, 2e-3])
 
+YIELDING = {"prefill": 0.3, "decode": 0.0}
+
 shares = st.floats(0.05, 1.0)
 coefficients = st.floats(0, 0.05)
 
@@ -38,7 +40,9 @@ def works(draw):
 @st.composite
 def models(draw):
     values = {p: np.array([draw(coefficients) for _ in names]) for p, names in FEATURES.items()}
-    return LatencyModel(values, draw(st.floats(0.1, 1.0)))
+    kept = st.floats(0, 1)
+    yielding = {phase: draw(kept) for phase in FEATURES}
+    return LatencyModel(values, draw(st.floats(0.1, 1.0)), yielding)
 
 
 @settings(deadline=None, max_examples=60)
@@ -73,6 +77,8 @@ def test_shares_that_do_not_fit_are_normalised():
     assert effective_share(1.0, 1.0) == 0.5
     assert effective_share(0.8, 1.0) == pytest.approx(0.8 / 1.8)
     assert effective_share(0.8, 0.0) == 0.8
+    assert effective_share(1.0, 1.0, 0.4) == pytest.approx(0.7)
+    assert effective_share(1.0, 1.0, 1.0) == 1.0
 
 
 def test_work_of_steps():
@@ -113,8 +119,13 @@ def samples(rng, model, num, *, noise=0.02, outliers=0.0):
     return made
 
 
+def slowed(model):
+    twice = {phase: 2 * model.get(phase) for phase in FEATURES}
+    return LatencyModel(twice, model.saturation, model.yielding)
+
+
 def true_model():
-    return LatencyModel({"prefill": PREFILL, "decode": DECODE}, 1 / 3)
+    return LatencyModel({"prefill": PREFILL, "decode": DECODE}, 1 / 3, YIELDING)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -139,7 +150,8 @@ def test_coefficients_never_become_negative():
 
 def test_recursive_least_squares_follows_a_machine_that_slows_down():
     rng = np.random.default_rng(1)
-    model, slow = true_model(), LatencyModel({"prefill": PREFILL, "decode": 2 * DECODE}, 1 / 3)
+    model = true_model()
+    slow = slowed(model)
     fit = RecursiveLeastSquares(DECODE, 0.3 * DECODE)
     for s in samples(rng, slow, 8000):
         if s.work.phase == "decode":
@@ -153,11 +165,13 @@ def test_fit_recovers_a_model_and_a_file_keeps_it():
     fitted = profile.fit(samples(rng, model, 2000), saturation=1 / 3)
     np.testing.assert_allclose(fitted.get("prefill"), PREFILL, rtol=0.1)
     np.testing.assert_allclose(fitted.get("decode"), DECODE, rtol=0.1)
+    assert fitted.yielding == YIELDING
     kept = profile.Profile(
         source="measured",
         device="d",
         model="m",
         saturation=1 / 3,
+        yielding=fitted.yielding,
         coefficients=profile.named(fitted),
     )
     again = profile.from_json(profile.to_json(kept))
@@ -179,6 +193,7 @@ def test_fit_leaves_out_what_would_be_negative():
     [
         ({"schema": "semipd.latency/2"}, "schema is 'semipd.latency/2'"),
         ({"saturation": 0.0}, "saturation is 0.0"),
+        ({"yielding": {"prefill": 1.5, "decode": 0}}, r"yielding.prefill is 1\.5"),
         ({"source": "guessed"}, "guessed"),
         ({"coefficients": {"prefill": {}}}, "coefficients.prefill"),
     ],
@@ -189,6 +204,7 @@ def test_bad_profiles_are_refused_by_name(change, named):
         device="d",
         model="m",
         saturation=0.5,
+        yielding=YIELDING,
         coefficients=profile.named(true_model()),
     )
     broken = json.loads(profile.to_json(good)) | change
@@ -200,7 +216,12 @@ def test_negative_coefficient_is_refused():
     values = profile.named(true_model())
     values["decode"]["rows"] = -1.0
     bad = profile.Profile(
-        source="modelled", device="d", model="m", saturation=0.5, coefficients=values
+        source="modelled",
+        device="d",
+        model="m",
+        saturation=0.5,
+        yielding=YIELDING,
+        coefficients=values,
     )
     with pytest.raises(ConfigError, match=r"decode\.rows is -1\.0"):
         profile.from_json(profile.to_json(bad))

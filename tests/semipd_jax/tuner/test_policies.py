@@ -22,8 +22,15 @@ MODEL = {
 }
 
 
+YIELDING = {"prefill": 0.0, "decode": 0.0}
+
+
+def twice_as_slow() -> LatencyModel:
+    return LatencyModel({p: 2 * c for p, c in MODEL.items()}, 1 / 3, YIELDING)
+
+
 def model() -> LatencyModel:
-    return LatencyModel(dict(MODEL), 1 / 3)
+    return LatencyModel(dict(MODEL), 1 / 3, YIELDING)
 
 
 def targets(*, ttft_ms=1000.0, tpot_ms=30.0) -> SloTargets:
@@ -305,7 +312,7 @@ def test_bad_ladders_are_refused(ladder):
 
 
 def test_steps_refine_the_model_that_the_policy_predicts_with():
-    predicting, machine = model(), LatencyModel({p: 2 * c for p, c in MODEL.items()}, 1 / 3)
+    predicting, machine = model(), twice_as_slow()
     tuner = make_tuner("predictive", ladder=LADDER, targets=targets(), model=predicting)
     rng = np.random.default_rng(0)
     for _ in range(4000):

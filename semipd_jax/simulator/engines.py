@@ -1,0 +1,389 @@
+"""Engines on modelled devices. All plan with the engine's own scheduler, two steps ahead.
+
+`semi-pd` is driven by the engine's own coordinator. The others are what it is compared with:
+
+* `colocated`: one worker, prefill before decode (vLLM's scheduling before chunked prefill).
+* `chunked`: one worker, every step takes all decode rows and fills up with prompt tokens
+  (Sarathi-Serve, arXiv 2403.02310; vLLM's default today).
+* `disaggregated`: one device for each phase, each with all weights and a pool of its own; decode
+  fetches a request's KV over the link when it has room for it, before it decodes (DistServe,
+  arXiv 2401.09670, one instance each).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol, runtime_checkable
+
+from semipd_jax.config import ShareConfig
+from semipd_jax.coordinator.coordinator import DEPTH, Coordinator
+from semipd_jax.coordinator.shares import ShareControl
+from semipd_jax.coordinator.tuned import TunedShares
+from semipd_jax.messages import (
+    DecodeStep,
+    FromCoordinator,
+    Outputs,
+    Phase,
+    PrefillStep,
+    Refused,
+    StepDone,
+    Submit,
+    WorkerReady,
+)
+from semipd_jax.request import Request, Timings
+from semipd_jax.scheduler.scheduler import Ending, Scheduler
+from semipd_jax.scheduler.state import Limits
+from semipd_jax.simulator.device import Device, Job
+from semipd_jax.simulator.link import Link
+from semipd_jax.simulator.machine import Machine
+from semipd_jax.tuner.latency import Conditions, Sample
+from semipd_jax.tuner.policy import FinishedRequest
+from semipd_jax.tuner.tuner import Tuner
+from semipd_jax.tuner.work import work_of
+
+_LANES: Final[tuple[Phase, ...]] = ("prefill", "decode")
+_CLIENT: Final = "client"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request's end; `timings` is None if it was refused."""
+
+    handle: int
+    timings: Timings | None = None
+
+
+type Report = Callable[[Finished], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What every engine is built on.
+
+    Attributes:
+      noise: see `Device`.
+      report: told of every request that ends.
+    """
+
+    machine: Machine
+    limits: Limits
+    hop_s: float
+    noise: float
+    seed: int
+    report: Report
+
+    def device(self, num_lanes: int, machine: Machine | None = None) -> Device:
+        return Device(
+            machine or self.machine,
+            num_lanes=num_lanes,
+            hop_s=self.hop_s,
+            noise=self.noise,
+            seed=self.seed,
+        )
+
+
+@runtime_checkable
+class Engine(Protocol):
+    @property
+    def next_s(self) -> float:
+        """When something happens next by itself."""
+        ...
+
+    def advance(self, now_s: float) -> None:
+        """Lets time pass until `now_s`, at most `next_s`."""
+        ...
+
+    def submit(self, handle: int, request: Request) -> None: ...
+
+    def counters(self) -> dict[str, float]:
+        """What is worth knowing about the run, by name."""
+        ...
+
+
+class SemiPd:
+    """
+    Args:
+      tuner: decides the shares; None keeps those of `shares`.
+    """
+
+    def __init__(
+        self, environment: Environment, shares: ShareConfig, tuner: Tuner | None = None
+    ) -> None:
+        self._now_s = 0.0
+        self._machine = environment.machine
+        self._report = environment.report
+        self._device = environment.device(len(_LANES))
+        self._scheduler = Scheduler(environment.limits)
+        self._tuned: TunedShares | None = None
+        control = ShareControl(shares)
+        if tuner is not None:
+            control = self._tuned = TunedShares(shares, tuner, self._scheduler, self._clock)
+        self._workers: dict[str, tuple[Phase, float]] = {
+            f"{phase}@{share}": (phase, share) for phase in _LANES for share in shares.rungs(phase)
+        }
+        self._coordinator = Coordinator(
+            self._scheduler,
+            _Sender(self._step_sent),
+            _Sender(self._told),
+            control,
+            step_timeout_s=float("inf"),
+            tell_launcher=lambda _: None,
+            clock=self._clock,
+        )
+        for worker_id, (phase, share) in self._workers.items():
+            self._coordinator.from_worker(WorkerReady(worker_id, phase, share))
+        self._share_s = dict.fromkeys(_LANES, 0.0)
+        self._last_share: dict[Phase, float] = {}
+        self._num_switches = dict.fromkeys(_LANES, 0)
+        self._errors = {} if tuner is None else tuner.errors
+
+    @property
+    def next_s(self) -> float:
+        return self._device.next_s
+
+    def submit(self, handle: int, request: Request) -> None:
+        self._coordinator.from_client(_CLIENT, Submit(handle, request))
+
+    def advance(self, now_s: float) -> None:
+        self._now_s = now_s
+        for _, job in self._device.advance(now_s):
+            ((step_id, num_tokens),) = job.steps
+            self._observe(job)
+            reply = StepDone(job.worker_id, step_id, bytes(4 * num_tokens), 0.0, 0)
+            self._coordinator.from_worker(reply)
+
+    def counters(self) -> dict[str, float]:
+        busy = dict(zip(_LANES, self._device.busy_s, strict=True))
+        return {
+            "num_preemptions": float(self._scheduler.num_preemptions),
+            **{f"{p}_busy_s": busy[p] for p in _LANES},
+            **{f"{p}_mean_share": self._share_s[p] / (busy[p] or 1) for p in _LANES},
+            **{f"{p}_num_switches": float(self._num_switches[p]) for p in _LANES},
+            **{f"{p}_prediction_error": error.mean for p, error in self._errors.items()},
+        }
+
+    def _clock(self) -> float:
+        return self._now_s
+
+    def _step_sent(self, worker_id: str, step: PrefillStep | DecodeStep) -> None:
+        phase, share = self._workers[worker_id]
+        self._num_switches[phase] += self._last_share.get(phase, share) != share
+        self._last_share[phase] = share
+        work = work_of(step)
+        if self._tuned is not None:
+            self._tuned.step_sent(work)
+        steps, load = ((step.step_id, len(step.rows) // 4),), self._machine.load((work,))
+        self._device.send(_LANES.index(phase), worker_id, steps, load, share)
+
+    def _observe(self, job: Job) -> None:
+        (work,) = job.load.works
+        seconds = self._now_s - job.started_s
+        self._share_s[work.phase] += seconds * job.share
+        if self._tuned is not None:
+            other = self._tuned.asked["decode" if work.phase == "prefill" else "prefill"]
+            conditions = Conditions(job.share, other, min(1.0, job.overlap_s / seconds))
+            self._tuned.step_done(Sample(work, conditions, seconds))
+
+    def _told(self, _: str, message: FromCoordinator) -> None:
+        if isinstance(message, Refused):
+            self._report(Finished(message.handle))
+        elif isinstance(message, Outputs):
+            for done in message.done:
+                self._report(Finished(done.handle, done.timings))
+                if self._tuned is not None:
+                    self._tuned.request_finished(
+                        _finished_request(done.timings, done.completion_tokens, self._now_s)
+                    )
+
+
+class _Worker:
+    """One lane that runs what one scheduler plans, two steps ahead.
+
+    Args:
+      plan: the steps that run together next; none if there is nothing to do.
+      ended: told of every request that ends in this scheduler.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        machine: Machine,
+        scheduler: Scheduler,
+        plan: Callable[[float], list[PrefillStep | DecodeStep]],
+        ended: Callable[[Ending], None],
+    ) -> None:
+        self.device = device
+        self.scheduler = scheduler
+        self._machine = machine
+        self._plan = plan
+        self._ended = ended
+        self._num_in_flight = 0
+
+    def advance(self, now_s: float) -> None:
+        for _, job in self.device.advance(now_s):
+            self._num_in_flight -= 1
+            for step_id, num_tokens in job.steps:
+                reply = StepDone("", step_id, bytes(4 * num_tokens), 0.0, 0)
+                for ending in self.scheduler.step_done(reply, now_s=now_s).endings:
+                    self._ended(ending)
+
+    def send_steps(self, now_s: float) -> None:
+        while self._num_in_flight < DEPTH and (steps := self._plan(now_s)):
+            works = tuple(map(work_of, steps))
+            sent = tuple((step.step_id, len(step.rows) // 4) for step in steps)
+            self.device.send(0, "", sent, self._machine.load(works), 1.0)
+            self._num_in_flight += 1
+
+
+class Baseline:
+    """Engines whose workers have a device of their own."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.now_s = 0.0
+        self.workers: dict[str, _Worker] = {}
+
+    @property
+    def next_s(self) -> float:
+        return min(worker.device.next_s for worker in self.workers.values())
+
+    def advance(self, now_s: float) -> None:
+        self.now_s = now_s
+        for worker in self.workers.values():
+            worker.advance(now_s)
+        self.send_steps()
+
+    def submit(self, handle: int, request: Request) -> None:
+        raise NotImplementedError
+
+    def send_steps(self) -> None:
+        """Once all devices are at the same time."""
+        for worker in self.workers.values():
+            worker.send_steps(self.now_s)
+
+    def counters(self) -> dict[str, float]:
+        schedulers = {worker.scheduler for worker in self.workers.values()}
+        busy = {f"{name}_busy_s": w.device.busy_s[0] for name, w in self.workers.items()}
+        return {"num_preemptions": float(sum(s.num_preemptions for s in schedulers)), **busy}
+
+    def queue(self, scheduler: Scheduler, handle: int, request: Request) -> None:
+        if scheduler.submit(_CLIENT, handle, request, now_s=self.now_s) is not None:
+            self.environment.report(Finished(handle))
+
+
+class Colocated(Baseline):
+    """One worker; a step is a prefill if there is one, else a decode."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self._scheduler = Scheduler(environment.limits)
+        self.workers["worker"] = _Worker(
+            environment.device(1),
+            environment.machine,
+            self._scheduler,
+            self.plan,
+            lambda e: environment.report(Finished(e.request.handle, e.timings)),
+        )
+
+    def submit(self, handle: int, request: Request) -> None:
+        self.queue(self._scheduler, handle, request)
+        self.send_steps()
+
+    def plan(self, now_s: float) -> list[PrefillStep | DecodeStep]:
+        sent = self._scheduler.next_prefill(now_s=now_s) or self._scheduler.next_decode()
+        return [] if sent is None else [sent.step]
+
+
+class Chunked(Colocated):
+    """One worker; a step takes all decode rows and, up to its budget, prompt tokens."""
+
+    def plan(self, now_s: float) -> list[PrefillStep | DecodeStep]:
+        decode = self._scheduler.next_decode()
+        num_rows = 0 if decode is None else len(decode.step.rows) // 4
+        left = self._scheduler.state.limits.max_num_batched_tokens - num_rows
+        prefill = None
+        if left > 0:
+            prefill = self._scheduler.next_prefill(now_s=now_s, max_tokens=left)
+        return [sent.step for sent in (decode, prefill) if sent is not None]
+
+
+class Disaggregated(Baseline):
+    """Two devices and a link between them.
+
+    The decode device's scheduler admits a request when it has room; its "prefill" is the transfer
+    of the KV, which takes no compute and brings the first token. The prefill device frees a
+    request's pages at once, not when the KV was fetched: its pool is nearly empty (semi-PD, section
+    3: 1.7 % of the memory).
+    """
+
+    def __init__(self, environment: Environment, link: Link) -> None:
+        super().__init__(environment)
+        limits = environment.limits
+        self._prefill = Scheduler(limits)
+        self._decode = Scheduler(replace(limits, max_num_batched_tokens=limits.max_model_len))
+        self._requests: dict[int, Request] = {}
+        self._prefilled: dict[int, Timings] = {}
+        machine = environment.machine
+
+        def add(name: str, machine: Machine, scheduler: Scheduler, plan: Any, ended: Any) -> None:
+            device = environment.device(1, machine)
+            self.workers[name] = _Worker(device, machine, scheduler, plan, ended)
+
+        add("prefill", machine, self._prefill, _next_prefill(self._prefill), self._first_token)
+        # As in the coordinator, decode plans first: what it leaves of the pages is for transfers.
+        add("decode", machine, self._decode, _next_decode(self._decode), self._ended)
+        add("link", link, self._decode, _next_prefill(self._decode), self._ended)
+
+    def submit(self, handle: int, request: Request) -> None:
+        self._requests[handle] = request
+        first_token = replace(request, sampling=replace(request.sampling, max_tokens=1))
+        self.queue(self._prefill, handle, first_token)
+        self.send_steps()
+
+    def _first_token(self, ending: Ending) -> None:
+        handle, timings = ending.request.handle, ending.timings
+        request = self._requests.pop(handle)
+        if request.sampling.max_tokens == 1:
+            self.environment.report(Finished(handle, timings))
+            return
+        self._prefilled[handle] = timings
+        self.queue(self._decode, handle, request)
+
+    def _ended(self, ending: Ending) -> None:
+        handle, late = ending.request.handle, ending.timings
+        early = self._prefilled.pop(handle)
+        decode_s = late.queue_s + late.prefill_s + late.decode_s
+        timings = Timings(early.queue_s, early.prefill_s, decode_s, late.num_preemptions)
+        self.environment.report(Finished(handle, timings))
+
+
+def _next_prefill(scheduler: Scheduler) -> Callable[[float], list[PrefillStep | DecodeStep]]:
+    def plan(now_s: float) -> list[PrefillStep | DecodeStep]:
+        sent = scheduler.next_prefill(now_s=now_s)
+        return [] if sent is None else [sent.step]
+
+    return plan
+
+
+def _next_decode(scheduler: Scheduler) -> Callable[[float], list[PrefillStep | DecodeStep]]:
+    def plan(now_s: float) -> list[PrefillStep | DecodeStep]:
+        sent = scheduler.next_decode()
+        return [] if sent is None else [sent.step]
+
+    return plan
+
+
+def _finished_request(timings: Timings, num_tokens: int, now_s: float) -> FinishedRequest:
+    total_s = timings.queue_s + timings.prefill_s + timings.decode_s
+    tpot_s = timings.decode_s / (num_tokens - 1) if num_tokens > 1 else None
+    return FinishedRequest(now_s - total_s, timings.queue_s, timings.prefill_s, tpot_s)
+
+
+class _Sender:
+    """The half of a hub that the coordinator sees."""
+
+    def __init__(self, receive: Callable[[str, Any], None]) -> None:
+        self._receive = receive
+
+    def send(self, peer: str, message: Any) -> bool:
+        self._receive(peer, message)
+        return True

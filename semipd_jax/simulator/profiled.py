@@ -1,0 +1,29 @@
+"""Step times from a latency profile, for devices that were measured."""
+
+from semipd_jax.simulator.machine import Load
+from semipd_jax.tuner.latency import LatencyModel
+from semipd_jax.tuner.work import Work
+
+
+class Profiled:
+    def __init__(self, model: LatencyModel) -> None:
+        self._model = model
+
+    def load(self, works: tuple[Work, ...]) -> Load:
+        return Load(works)
+
+    def alone_s(self, load: Load, share: float) -> float:
+        """A fused step reads the weights once, and starts once."""
+        terms = [self._model.terms(work) for work in load.works]
+        total = sum(t.at(share, 0.0) for t in terms)
+        for work in load.works[1:]:
+            empty = Work(work.phase, 0, 0, 0, 0)
+            total -= self._model.terms(empty).at(share, 0.0)
+        return total
+
+    def together_s(self, a: Load, share_a: float, b: Load, share_b: float) -> tuple[float, float]:
+        (work_a,), (work_b,) = a.works, b.works
+        return (
+            self._model.terms(work_a).at(share_a, share_b),
+            self._model.terms(work_b).at(share_b, share_a),
+        )

@@ -1,0 +1,160 @@
+"""Systems to compare, by name: what runs the load, and how it is set up.
+
+`static:X,Y`, `semi-pd`, `semi-pd-replan` and `predictive` are semi-PD engines with that policy;
+`colocated`, `chunked` and `disaggregated` are what they are compared with. `+spf` after any of them
+prefills the shortest remainder first.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from semipd_jax.config import SchedulingPolicy, ShareConfig, require
+from semipd_jax.scheduler.state import Limits
+from semipd_jax.simulator.engines import (
+    Chunked,
+    Colocated,
+    Disaggregated,
+    Engine,
+    Environment,
+    Report,
+    SemiPd,
+)
+from semipd_jax.simulator.platform import Platform
+from semipd_jax.simulator.run import Build
+from semipd_jax.simulator.workloads import Workload
+from semipd_jax.tuner.policies import POLICY_NAMES, PolicyName, make_tuner
+from semipd_jax.tuner.policy import DEFAULT_LADDER, FULL, Ladder, Shares
+from semipd_jax.tuner.replan import PUBLISHED_LADDER
+from semipd_jax.tuner.slo import SloTargets
+
+BASELINES: Final = ("disaggregated", "colocated", "chunked")
+_NO_LIMIT: Final = 2**31
+_REPLAN_LADDER: Final = PUBLISHED_LADDER[::2]  # no more rungs than an engine may have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What all systems share, and the step budget of each kind.
+
+    Attributes:
+      prefill_tokens: chunk budget of semi-PD's prefill steps.
+      colocated_tokens: of prefill steps of engines without chunked prefill.
+      chunk_tokens: of chunked steps, decode rows included.
+      max_rows: requests that run at once on a device.
+      noise: standard deviation of the logarithm of a step's time.
+    """
+
+    platform: Platform
+    targets: SloTargets
+    ladder: Ladder = DEFAULT_LADDER
+    prefill_tokens: int = 2048
+    colocated_tokens: int = 8192
+    chunk_tokens: int = 1024
+    max_rows: int = 512
+    noise: float = 0.03
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """
+    Attributes:
+      kind: a policy of semi-PD, or a baseline.
+      shares: of `static`.
+    """
+
+    name: str
+    kind: str
+    order: SchedulingPolicy = "fcfs"
+    shares: Shares = FULL
+
+    @property
+    def num_devices(self) -> int:
+        return 2 if self.kind == "disaggregated" else 1
+
+
+def parse(name: str) -> System:
+    """Raises ConfigError that lists what is allowed."""
+    base, plus, order = name.partition("+")
+    kind, colon, shares = base.partition(":")
+    kinds = (*POLICY_NAMES, *BASELINES)
+    require(kind in kinds, "system", name, ", ".join(kinds) + ", with +spf or without")
+    require(not plus or order == "spf", "system", name, "nothing or spf after +")
+    require(not colon or kind == "static", "system", name, "shares for static only")
+    given = FULL
+    if colon:
+        parts = shares.split(",")
+        require(len(parts) == 2, "system", name, "static:PREFILL,DECODE")
+        given = Shares(*map(float, parts))
+    return System(name, kind, "spf" if plus else "fcfs", given)
+
+
+def build(system: System, setup: Setup, workload: Workload) -> Build:
+    """A fresh engine for each run of the load."""
+    longest = max(row.input_len + row.output_len for row in workload.rows)
+    has_prefixes = any(row.hash_ids for row in workload.rows)
+    ladder = _REPLAN_LADDER if system.kind == "semi-pd-replan" else setup.ladder
+    platform = setup.platform
+
+    def make(report: Report) -> Engine:
+        limits = Limits(
+            page_size=platform.page_size,
+            num_pages=1 + platform.kv_tokens(_num_processes(system, ladder)) // platform.page_size,
+            num_rows=1 + setup.max_rows,
+            max_model_len=longest + 1,
+            max_num_batched_tokens=_budget(system, setup),
+            max_num_queued_reqs=_NO_LIMIT,
+            policy=system.order,
+            enable_prefix_caching=has_prefixes,
+        )
+        environment = Environment(
+            machine=platform.machine,
+            limits=limits,
+            hop_s=platform.hop_s,
+            noise=setup.noise,
+            seed=setup.seed,
+            report=report,
+        )
+        if system.kind in BASELINES:
+            return _baseline(system, environment, platform)
+        return _semi_pd(system, environment, setup, ladder)
+
+    return make
+
+
+def _num_processes(system: System, ladder: Ladder) -> int:
+    """On one device. Rungs of the published ladder are started when needed: active and spare."""
+    if system.kind in BASELINES:
+        return 1
+    if system.kind == "static":
+        return 2
+    return 4 if system.kind == "semi-pd-replan" else 2 * len(ladder)
+
+
+def _budget(system: System, setup: Setup) -> int:
+    if system.kind == "chunked":
+        return setup.chunk_tokens
+    return setup.colocated_tokens if system.kind in BASELINES else setup.prefill_tokens
+
+
+def _baseline(system: System, environment: Environment, platform: Platform) -> Engine:
+    if system.kind == "colocated":
+        return Colocated(environment)
+    if system.kind == "chunked":
+        return Chunked(environment)
+    require(platform.link is not None, "system", system.name, "systems of one device on this one")
+    assert platform.link is not None
+    return Disaggregated(environment, platform.link)
+
+
+def _semi_pd(system: System, environment: Environment, setup: Setup, ladder: Ladder) -> Engine:
+    if system.kind == "static":
+        shares = ShareConfig(prefill=system.shares.prefill, decode=system.shares.decode)
+        return SemiPd(environment, shares)
+    name: PolicyName = "predictive"
+    if system.kind in ("semi-pd", "semi-pd-replan"):
+        name = system.kind
+    tuner = make_tuner(
+        name, ladder=ladder, targets=setup.targets, model=setup.platform.predictor(ladder)
+    )
+    return SemiPd(environment, ShareConfig(ladder=ladder), tuner)
