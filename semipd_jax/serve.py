@@ -19,7 +19,7 @@ from semipd_jax.errors import ConfigError, EngineError
 from semipd_jax.launch.launcher import FrontEnd, Launcher
 from semipd_jax.messages import MemoryLayout, Progress
 from semipd_jax.options import Option
-from semipd_server.settings import add_flags, take_flags
+from semipd_server.settings import Settings, add_flags, take_flags
 
 type _Event = Literal["started", "ended", "signal"]
 
@@ -57,23 +57,23 @@ def main(argv: list[str] | None = None) -> int:
     logs.configure("serve", config.log_level)
     if settings.is_exposed:
         _log.warning("no --api-key: whoever reaches %s may use the engine", settings.host)
-    front_end = FrontEnd(module="semipd_server.main", extra=settings.to_extra())
-    return _serve(config, front_end)
+    return _serve(config, settings)
 
 
-def _serve(config: EngineConfig, front_end: FrontEnd) -> int:
+def _serve(config: EngineConfig, settings: Settings) -> int:
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: events.put("signal"))
     launcher = Launcher(
         config,
-        front_end=front_end,
+        front_end=FrontEnd(module="semipd_server.main", extra=settings.to_extra()),
         on_progress=_ProgressLog(),
         on_failure=lambda _: events.put("ended"),
     )
     threading.Thread(target=_start, args=(launcher, config, events), daemon=True).start()
     event = events.get()
     if event == "started":
+        _log.info("control socket: unix:%s", settings.control_path(launcher.run_dir))
         event = events.get()
     if event == "signal":
         _drain(launcher, events)

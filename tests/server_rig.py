@@ -32,6 +32,7 @@ INFO = pb.GetModelInfoResponse(
 class Rig:
     address: str
     url: str
+    control: str
     front_end: FrontEnd
     engine: EngineClient
     fake: FakeCoordinator
@@ -72,7 +73,13 @@ async def serving(
     model = ModelConfig(path="tiny")
     settings = settings or Settings(port=0, http_port=0)
     engine = EngineClient(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
-    front_end = FrontEnd(settings, max_model_len=MAX_MODEL_LEN, max_calls=max_calls)
+    control_socket = settings.control_path(run_dir)
+    front_end = FrontEnd(
+        settings,
+        max_model_len=MAX_MODEL_LEN,
+        max_calls=max_calls,
+        control_socket=control_socket,
+    )
     with FakeCoordinator(run_dir, **fields) as fake:
         await engine.start()
         address, url = await front_end.start()
@@ -82,7 +89,10 @@ async def serving(
                 grpc.aio.insecure_channel(address) as channel,
                 AsyncClient(address) as client,
             ):
-                yield Rig(address, url or "", front_end, engine, fake, channel, client)
+                yield Rig(
+                    address, url or "", f"unix:{control_socket}", front_end, engine, fake, channel,
+                    client,
+                )  # fmt: skip
         finally:
             await engine.close()
             await front_end.stop()

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 
+from semipd_server.auth import Keys
+from semipd_server.control import ControlServer
 from semipd_server.gate import SHUTTING_DOWN, Engine, Gate
 from semipd_server.server import Server, max_message_bytes
 from semipd_server.settings import Settings
@@ -15,10 +17,21 @@ class FrontEnd:
 
     Args:
       max_calls: at a time, of each protocol.
+      control_socket: path of ControlService's socket; None: no socket.
     """
 
-    def __init__(self, settings: Settings, *, max_model_len: int, max_calls: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        max_model_len: int,
+        max_calls: int,
+        control_socket: str | None = None,
+    ) -> None:
         self.gate = Gate()
+        self._control = None
+        if control_socket is not None:
+            self._control = ControlServer(self.gate, Keys(settings.api_keys), control_socket)
         self._grpc = Server(self.gate, settings, max_model_len=max_model_len, max_rpcs=max_calls)
         self._http = None
         if settings.http_port is not None:
@@ -37,6 +50,8 @@ class FrontEnd:
         Raises:
           StartupError: an address cannot be bound.
         """
+        if self._control is not None:
+            await self._control.start()
         address = await self._grpc.start()
         return address, await self._http.start() if self._http is not None else None
 
@@ -61,6 +76,8 @@ class FrontEnd:
         """Ends every request that its engine has not ended already. Safe to call twice."""
         self.gate.close(SHUTTING_DOWN)
         stops = [self._grpc.stop()]
+        if self._control is not None:
+            stops.append(self._control.stop())
         if self._http is not None:
             stops.append(self._http.stop())
         await asyncio.gather(*stops)

@@ -29,10 +29,12 @@ async def _run(child: Child) -> None:
     config = child.spec.config
     model = load_spec(config.model.path)
     limits = config.scheduler
+    settings = Settings.from_extra(child.spec.extra)
     front_end = FrontEnd(
-        Settings.from_extra(child.spec.extra),
+        settings,
         max_model_len=config.model.max_model_len or model.max_model_len,
         max_calls=limits.max_num_seqs + limits.max_num_queued_reqs + _SPARE_CALLS,
+        control_socket=settings.control_path(child.spec.run_dir),
     )
     try:
         address, http_address = await front_end.start()

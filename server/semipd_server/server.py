@@ -9,8 +9,11 @@ from grpc_reflection.v1alpha import reflection
 
 from semipd_jax.client.prompt import MAX_BYTES_PER_TOKEN
 from semipd_jax.errors import StartupError
+from semipd_server import control
 from semipd_server.auth import AuthInterceptor, Keys
+from semipd_server.control import ControlServicer
 from semipd_server.gate import Gate
+from semipd_server.pb import control_pb2_grpc as control_grpc
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.servicer import InferenceServicer
@@ -56,7 +59,10 @@ class Server:
         )
         pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(gate), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if settings.expose_control:
+            control_grpc.add_ControlServiceServicer_to_server(ControlServicer(gate), self._server)
+            names.append(control.SERVICE)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> str:

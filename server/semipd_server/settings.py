@@ -16,6 +16,7 @@ from semipd_jax.errors import ConfigError
 
 KEY_VARIABLE: Final = "SEMIPD_API_KEY"
 DEFAULT_HTTP_PORT: Final = 8000
+CONTROL_SOCKET: Final = "control.sock"
 _OFF: Final = "off"
 _EXTRA: Final = "openai"
 _HTTP_PACKAGES: Final = ("starlette", "uvicorn", "prometheus_client")
@@ -32,6 +33,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
       ssl_keyfile, ssl_certfile: PEM files of the server's key and certificate chain.
       ssl_ca_certs: PEM file of the authorities that clients' certificates must come from.
       metrics_prefix: what names of metrics begin with, before a colon.
+      control_socket: path of ControlService's socket; None puts it into the engine's private
+        directory.
+      expose_control: serve ControlService on the gRPC port too.
     """
 
     host: str = "127.0.0.1"
@@ -42,6 +46,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
     metrics_prefix: str = "semipd"
+    control_socket: str | None = None
+    expose_control: bool = False
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 2**16, "port", self.port, "0 to 65535")
@@ -68,6 +74,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if not re.fullmatch("[!-~]+", key):
                 raise ConfigError("an api_key is not allowed; allowed: printable ASCII, no spaces")
         self._check_certificates()
+        if self.expose_control and not self.api_keys and self.ssl_ca_certs is None:
+            raise ConfigError(
+                "expose_control is True; allowed: False, without api_key or ssl_ca_certs"
+            )
 
     def _check_certificates(self) -> None:
         pair = (self.ssl_keyfile, self.ssl_certfile)
@@ -100,6 +110,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Whether others than this machine's users can connect, without a key or a certificate."""
         is_local = self.host in ("localhost", "::1") or self.host.startswith("127.")
         return not is_local and not self.api_keys and self.ssl_ca_certs is None
+
+    def control_path(self, run_dir: str) -> str:
+        """Of ControlService's socket."""
+        return self.control_socket or f"{run_dir}/{CONTROL_SOCKET}"
 
     def __repr__(self) -> str:
         shown = (f for f in self.__struct_fields__ if f != "api_keys")
@@ -148,6 +162,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--ssl-ca-certs",
         default=argparse.SUPPRESS,
         help="PEM file of authorities: clients must have a certificate of theirs",
+    )
+    group.add_argument(
+        "--control-socket",
+        default=argparse.SUPPRESS,
+        help="path of the Unix socket of ControlService [in the engine's private directory]",
+    )
+    group.add_argument(
+        "--expose-control",
+        action="store_true",
+        help="serve ControlService on the gRPC port too: who may connect may change the engine",
     )
     group.add_argument("--metrics-prefix", default="semipd", help="beginning of metrics' names")
 

@@ -1,0 +1,130 @@
+"""A blocking client of semipd.v1.ControlService.
+
+with ControlClient() as control:
+    control.set_slo(ttft_ms=300, tpot_ms=50)
+    control.set_partition(policy="predictive")
+    for stats in control.watch():
+        print(stats)
+"""
+
+import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Final, Self
+
+import grpc
+
+from semipd_jax.errors import UnavailableError
+from semipd_server.pb import control_pb2 as pb
+from semipd_server.pb import control_pb2_grpc as pb_grpc
+from semipd_server.settings import CONTROL_SOCKET
+from semipd_server.status import error_from
+
+_TIMEOUT_S: Final = 15.0
+
+
+class ControlClient:
+    """May be shared by threads.
+
+    Args:
+      target: `unix:` and the path of a server's control socket, or a public address that control
+        is exposed on; None takes the socket of this user's only server.
+      api_key: one that the server accepts.
+      credentials: for TLS; see `grpc.ssl_channel_credentials`.
+
+    Every method raises the `semipd_jax.errors` that the server meant, TimeoutError if it does not
+    answer, and grpc.RpcError for anything else.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        target = target or f"unix:{the_only_socket()}"
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        self._channel = (
+            grpc.insecure_channel(target)
+            if credentials is None
+            else grpc.secure_channel(target, credentials)
+        )
+        self._stub: Any = pb_grpc.ControlServiceStub(self._channel)
+
+    def partition(self) -> pb.Partition:
+        return self._call(self._stub.GetPartition, pb.GetPartitionRequest()).partition
+
+    def set_partition(
+        self,
+        *,
+        prefill_share: float | None = None,
+        decode_share: float | None = None,
+        policy: str | None = None,
+    ) -> pb.Partition:
+        """A share makes the policy "static" until a policy is set again."""
+        request = pb.SetPartitionRequest(
+            prefill_share=prefill_share, decode_share=decode_share, policy=policy
+        )
+        return self._call(self._stub.SetPartition, request).partition
+
+    def set_slo(
+        self,
+        *,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        priority: int | None = None,
+        target: float | None = None,
+    ) -> pb.Partition:
+        """Takes the place of what was promised to the same requests; None promises nothing. A
+        `target` of None stays as it is."""
+        slo = pb.Slo(ttft_ms=ttft_ms, tpot_ms=tpot_ms, priority=priority)
+        return self._call(self._stub.SetSlo, pb.SetSloRequest(slo=slo, target=target)).partition
+
+    def watch(self, *, interval_ms: int = 1000) -> Generator[pb.Stats]:
+        """Yields statistics until it is closed."""
+        call = self._stub.WatchPartition(
+            pb.WatchPartitionRequest(interval_ms=interval_ms), metadata=self._metadata
+        )
+        try:
+            for response in call:
+                yield response.stats
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_from(error) from error
+
+
+def the_only_socket() -> Path:
+    """The control socket of this user's running server.
+
+    Raises:
+      UnavailableError: there is none, or more than one.
+    """
+    found = [
+        path
+        for path in Path(tempfile.gettempdir()).glob(f"semipd-*/{CONTROL_SOCKET}")
+        if path.parent.stat().st_uid == os.geteuid()
+    ]
+    if len(found) != 1:
+        raise UnavailableError(
+            f"{len(found)} servers of this user have a control socket; name one"
+            + "".join(f"\n  unix:{path}" for path in found)
+        )
+    return found[0]
