@@ -10,14 +10,13 @@
   arXiv 2401.09670, one instance each).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, runtime_checkable
 
-from semipd_jax.config import ShareConfig
+from semipd_jax.config import ShareConfig, SharePolicy
 from semipd_jax.coordinator.coordinator import DEPTH, Coordinator
-from semipd_jax.coordinator.shares import ShareControl
-from semipd_jax.coordinator.tuned import TunedShares
+from semipd_jax.coordinator.tuned import TunedShares, TunerOf
 from semipd_jax.messages import (
     DecodeStep,
     FromCoordinator,
@@ -32,15 +31,13 @@ from semipd_jax.messages import (
 from semipd_jax.request import Request, Timings
 from semipd_jax.scheduler.scheduler import Ending, Scheduler
 from semipd_jax.scheduler.state import Limits
-from semipd_jax.simulator.device import Device, Job
+from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.link import Link
 from semipd_jax.simulator.machine import Machine
-from semipd_jax.tuner.latency import Conditions, Sample
-from semipd_jax.tuner.policy import FinishedRequest
-from semipd_jax.tuner.tuner import Tuner
+from semipd_jax.tuner.slo import SloTargets
+from semipd_jax.tuner.tuner import PHASES
 from semipd_jax.tuner.work import work_of
 
-_LANES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 _CLIENT: Final = "client"
 
 
@@ -94,6 +91,11 @@ class Engine(Protocol):
 
     def submit(self, handle: int, request: Request) -> None: ...
 
+    @property
+    def shares(self) -> Mapping[Phase, Sequence[tuple[float, float]]]:
+        """(when, share) of each phase's steps that went to another share than the ones before."""
+        ...
+
     def counters(self) -> dict[str, float]:
         """What is worth knowing about the run, by name."""
         ...
@@ -102,39 +104,42 @@ class Engine(Protocol):
 class SemiPd:
     """
     Args:
-      tuner: decides the shares; None keeps those of `shares`.
+      policy: chooses the shares; "static" keeps those of `shares`.
+      tuner_of: makes the tuner of the policy, see `coordinator.tuned`.
     """
 
     def __init__(
-        self, environment: Environment, shares: ShareConfig, tuner: Tuner | None = None
+        self,
+        environment: Environment,
+        shares: ShareConfig,
+        policy: SharePolicy,
+        targets: SloTargets,
+        tuner_of: TunerOf,
     ) -> None:
         self._now_s = 0.0
         self._machine = environment.machine
         self._report = environment.report
-        self._device = environment.device(len(_LANES))
+        self._device = environment.device(len(PHASES))
         self._scheduler = Scheduler(environment.limits)
-        self._tuned: TunedShares | None = None
-        control = ShareControl(shares)
-        if tuner is not None:
-            control = self._tuned = TunedShares(shares, tuner, self._scheduler, self._clock)
+        self._control = TunedShares(
+            shares, tuner_of, self._scheduler, self._clock, policy=policy, targets=targets
+        )
         self._workers: dict[str, tuple[Phase, float]] = {
-            f"{phase}@{share}": (phase, share) for phase in _LANES for share in shares.rungs(phase)
+            f"{phase}@{share}": (phase, share) for phase in PHASES for share in shares.rungs(phase)
         }
         self._coordinator = Coordinator(
             self._scheduler,
             _Sender(self._step_sent),
             _Sender(self._told),
-            control,
+            self._control,
             step_timeout_s=float("inf"),
             tell_launcher=lambda _: None,
             clock=self._clock,
         )
         for worker_id, (phase, share) in self._workers.items():
             self._coordinator.from_worker(WorkerReady(worker_id, phase, share))
-        self._share_s = dict.fromkeys(_LANES, 0.0)
-        self._last_share: dict[Phase, float] = {}
-        self._num_switches = dict.fromkeys(_LANES, 0)
-        self._errors = {} if tuner is None else tuner.errors
+        self._share_s = dict.fromkeys(PHASES, 0.0)
+        self.shares: dict[Phase, list[tuple[float, float]]] = {phase: [] for phase in PHASES}
 
     @property
     def next_s(self) -> float:
@@ -145,20 +150,22 @@ class SemiPd:
 
     def advance(self, now_s: float) -> None:
         self._now_s = now_s
-        for _, job in self._device.advance(now_s):
+        for lane, job in self._device.advance(now_s):
             ((step_id, num_tokens),) = job.steps
-            self._observe(job)
-            reply = StepDone(job.worker_id, step_id, bytes(4 * num_tokens), 0.0, 0)
+            seconds = now_s - job.started_s
+            self._share_s[PHASES[lane]] += seconds * job.share
+            reply = StepDone(job.worker_id, step_id, bytes(4 * num_tokens), seconds, 0)
             self._coordinator.from_worker(reply)
 
     def counters(self) -> dict[str, float]:
-        busy = dict(zip(_LANES, self._device.busy_s, strict=True))
+        busy = dict(zip(PHASES, self._device.busy_s, strict=True))
+        errors = self._control.errors
         return {
             "num_preemptions": float(self._scheduler.num_preemptions),
-            **{f"{p}_busy_s": busy[p] for p in _LANES},
-            **{f"{p}_mean_share": self._share_s[p] / (busy[p] or 1) for p in _LANES},
-            **{f"{p}_num_switches": float(self._num_switches[p]) for p in _LANES},
-            **{f"{p}_prediction_error": error.mean for p, error in self._errors.items()},
+            **{f"{p}_busy_s": busy[p] for p in PHASES},
+            **{f"{p}_mean_share": self._share_s[p] / (busy[p] or 1) for p in PHASES},
+            **{f"{p}_num_switches": float(max(0, len(self.shares[p]) - 1)) for p in PHASES},
+            **{f"{p}_prediction_error": errors[p].mean for p in PHASES if errors[p].count},
         }
 
     def _clock(self) -> float:
@@ -166,22 +173,10 @@ class SemiPd:
 
     def _step_sent(self, worker_id: str, step: PrefillStep | DecodeStep) -> None:
         phase, share = self._workers[worker_id]
-        self._num_switches[phase] += self._last_share.get(phase, share) != share
-        self._last_share[phase] = share
-        work = work_of(step)
-        if self._tuned is not None:
-            self._tuned.step_sent(work)
-        steps, load = ((step.step_id, len(step.rows) // 4),), self._machine.load((work,))
-        self._device.send(_LANES.index(phase), worker_id, steps, load, share)
-
-    def _observe(self, job: Job) -> None:
-        (work,) = job.load.works
-        seconds = self._now_s - job.started_s
-        self._share_s[work.phase] += seconds * job.share
-        if self._tuned is not None:
-            other = self._tuned.asked["decode" if work.phase == "prefill" else "prefill"]
-            conditions = Conditions(job.share, other, min(1.0, job.overlap_s / seconds))
-            self._tuned.step_done(Sample(work, conditions, seconds))
+        if not self.shares[phase] or self.shares[phase][-1][1] != share:
+            self.shares[phase].append((self._now_s, share))
+        steps, load = ((step.step_id, len(step.rows) // 4),), self._machine.load((work_of(step),))
+        self._device.send(PHASES.index(phase), worker_id, steps, load, share)
 
     def _told(self, _: str, message: FromCoordinator) -> None:
         if isinstance(message, Refused):
@@ -189,10 +184,6 @@ class SemiPd:
         elif isinstance(message, Outputs):
             for done in message.done:
                 self._report(Finished(done.handle, done.timings))
-                if self._tuned is not None:
-                    self._tuned.request_finished(
-                        _finished_request(done.timings, done.completion_tokens, self._now_s)
-                    )
 
 
 class _Worker:
@@ -241,6 +232,7 @@ class Baseline:
         self.environment = environment
         self.now_s = 0.0
         self.workers: dict[str, _Worker] = {}
+        self.shares: dict[Phase, list[tuple[float, float]]] = {}
 
     @property
     def next_s(self) -> float:
@@ -370,12 +362,6 @@ def _next_decode(scheduler: Scheduler) -> Callable[[float], list[PrefillStep | D
         return [] if sent is None else [sent.step]
 
     return plan
-
-
-def _finished_request(timings: Timings, num_tokens: int, now_s: float) -> FinishedRequest:
-    total_s = timings.queue_s + timings.prefill_s + timings.decode_s
-    tpot_s = timings.decode_s / (num_tokens - 1) if num_tokens > 1 else None
-    return FinishedRequest(now_s - total_s, timings.queue_s, timings.prefill_s, tpot_s)
 
 
 class _Sender:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from semipd_jax.simulator.calibration import calibrated
@@ -45,7 +46,8 @@ class Platform:
 def modelled(hardware: Hardware, sharing: Sharing) -> Platform:
     machine, device = Roofline(hardware, sharing), hardware.device
 
-    def predictor(ladder: Ladder) -> LatencyModel:
+    @cache
+    def fitted(ladder: Ladder) -> LatencyModel:
         return calibrated(
             machine,
             ladder,
@@ -62,7 +64,7 @@ def modelled(hardware: Hardware, sharing: Sharing) -> Platform:
         page_size=_GPU_PAGE_SIZE,
         kv_tokens=lambda num_processes: hardware.kv_tokens(num_processes=num_processes),
         hop_s=device.hop_s,
-        predictor=predictor,
+        predictor=lambda ladder: deepcopy(fitted(ladder)),
         link=Link(device.link_bytes_per_s, device.hop_s, hardware.shape.kv_bytes_per_token),
     )
 

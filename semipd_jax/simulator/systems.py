@@ -5,10 +5,11 @@
 prefills the shortest remainder first.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from semipd_jax.config import SchedulingPolicy, ShareConfig, require
+from semipd_jax.config import POLICIES, SchedulingPolicy, ShareConfig, SharePolicy, require
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.simulator.engines import (
     Chunked,
@@ -22,12 +23,14 @@ from semipd_jax.simulator.engines import (
 from semipd_jax.simulator.platform import Platform
 from semipd_jax.simulator.run import Build
 from semipd_jax.simulator.workloads import Workload
-from semipd_jax.tuner.policies import POLICY_NAMES, PolicyName, make_tuner
+from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import DEFAULT_LADDER, FULL, Ladder, Shares
 from semipd_jax.tuner.replan import PUBLISHED_LADDER
 from semipd_jax.tuner.slo import SloTargets
+from semipd_jax.tuner.tuner import Tuner
 
 BASELINES: Final = ("disaggregated", "colocated", "chunked")
+_POLICIES: Final[Mapping[str, SharePolicy]] = {policy: policy for policy in POLICIES}
 _NO_LIMIT: Final = 2**31
 _REPLAN_LADDER: Final = PUBLISHED_LADDER[::2]  # no more rungs than an engine may have
 
@@ -77,7 +80,7 @@ def parse(name: str) -> System:
     """Raises ConfigError that lists what is allowed."""
     base, plus, order = name.partition("+")
     kind, colon, shares = base.partition(":")
-    kinds = (*POLICY_NAMES, *BASELINES)
+    kinds = (*POLICIES, *BASELINES)
     require(kind in kinds, "system", name, ", ".join(kinds) + ", with +spf or without")
     require(not plus or order == "spf", "system", name, "nothing or spf after +")
     require(not colon or kind == "static", "system", name, "shares for static only")
@@ -148,13 +151,15 @@ def _baseline(system: System, environment: Environment, platform: Platform) -> E
 
 
 def _semi_pd(system: System, environment: Environment, setup: Setup, ladder: Ladder) -> Engine:
-    if system.kind == "static":
+    policy, targets = _POLICIES[system.kind], setup.targets
+    shares = ShareConfig(ladder=ladder)
+    if policy == "static":
         shares = ShareConfig(prefill=system.shares.prefill, decode=system.shares.decode)
-        return SemiPd(environment, shares)
-    name: PolicyName = "predictive"
-    if system.kind in ("semi-pd", "semi-pd-replan"):
-        name = system.kind
-    tuner = make_tuner(
-        name, ladder=ladder, targets=setup.targets, model=setup.platform.predictor(ladder)
-    )
-    return SemiPd(environment, ShareConfig(ladder=ladder), tuner)
+
+    def tuner_of(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
+        if policy == "static":
+            return None
+        model = setup.platform.predictor(ladder) if policy == "predictive" else None
+        return make_tuner(policy, ladder=ladder, targets=targets, model=model, start=start)
+
+    return SemiPd(environment, shares, policy, targets, tuner_of)

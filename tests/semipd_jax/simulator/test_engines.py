@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from semipd_jax import simulate
+from semipd_jax.config import POLICIES
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator import comparison, hardware, workloads
 from semipd_jax.simulator.goodput import goodput, run_at
@@ -18,10 +19,9 @@ from semipd_jax.simulator.targets import multiple_of_alone
 from semipd_jax.simulator.traces import TraceRow
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.latency import LatencyModel
-from semipd_jax.tuner.policies import POLICY_NAMES
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
-SYSTEMS = (*POLICY_NAMES, "predictive+spf", "colocated", "chunked", "disaggregated")
+SYSTEMS = (*POLICIES, "predictive+spf", "colocated", "chunked", "disaggregated")
 TARGETS = SloTargets(SloTarget(ttft_ms=150.0, tpot_ms=60.0))
 
 
