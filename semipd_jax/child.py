@@ -149,7 +149,7 @@ def run_child(main: Callable[[Child], None], *, grace_s: float = GRACE_S) -> Nev
     except EOFError:
         sys.exit(1)  # the launcher is gone already
     setproctitle(f"semipd: {spec.name}")
-    logs.configure(spec.name, spec.config.log_level)
+    logs.configure(spec.name, spec.config.log_level, spec.config.log_format)
     child = Child(spec, report_fd)
     launcher_fd = os.pidfd_open(os.getppid())
     threading.Thread(

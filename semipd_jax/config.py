@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from semipd_jax.errors import ConfigError
+from semipd_jax.logs import LogFormat
 
 type LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 type Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -271,6 +272,7 @@ class EngineConfig:
       device: where workers run; "auto" is a GPU if there is one that can be used.
       compile_cache_dir: directory of compiled programs; None means the user's cache directory.
       log_level: what child processes write to standard error.
+      log_format: lines for a person, or JSON objects.
     """
 
     model: ModelConfig
@@ -282,3 +284,4 @@ class EngineConfig:
     device: Device = "auto"
     compile_cache_dir: str | None = None
     log_level: LogLevel = "warning"
+    log_format: LogFormat = "text"

@@ -1,15 +1,45 @@
-"""Log lines a person can read, the same in every process."""
+"""Log lines, the same in every process: for a person, or one JSON object each."""
 
+import json
 import logging
 import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+type LogFormat = Literal["text", "json"]
 
 
-def configure(process: str, level: str) -> None:
+def configure(process: str, level: str, form: LogFormat = "text") -> None:
     """Sends this process's log to standard error, each line with time and process name."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {process:>20} | %(message)s", "%H:%M:%S"))
+    if form == "json":
+        handler.setFormatter(JsonFormatter(process))
+    else:
+        text = f"%(asctime)s {process:>20} | %(message)s"
+        handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
     for package in ("semipd_jax", "semipd_server"):
         logger = logging.getLogger(package)
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(level.upper())
+
+
+class JsonFormatter(logging.Formatter):
+    """One line: time (UTC, ISO 8601), level, process, logger, message and, after a failure,
+    exception."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

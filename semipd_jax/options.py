@@ -117,6 +117,7 @@ OPTIONS: Final = (
         "directory of compiled programs [the user's cache directory]",
     ),
     Option("log_level", "", "log_level", "how much is logged"),
+    Option("log_format", "", "log_format", "lines for a person, or one JSON object each"),
 )
 
 _SECTIONS: Final[dict[str, type]] = {

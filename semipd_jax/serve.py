@@ -1,4 +1,5 @@
-"""`python -m semipd_jax.serve`: a model behind gRPC, from one command."""
+"""`semipd-jax serve` or `python -m semipd_jax.serve`: a model behind gRPC and HTTP, from one
+command. Flags may also come from a file (`--config`); those of the command line win."""
 
 import argparse
 import logging
@@ -7,17 +8,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn
 
 from setproctitle import setproctitle
 
 from semipd_jax import logs, options
 from semipd_jax.config import EngineConfig
+from semipd_jax.config_file import FlagKind, read_words
 from semipd_jax.demo import MODEL_DIR
-from semipd_jax.errors import ConfigError, EngineError
+from semipd_jax.errors import CheckpointError, ConfigError, EngineError
 from semipd_jax.launch.launcher import FrontEnd, Launcher
 from semipd_jax.messages import MemoryLayout, Progress
+from semipd_jax.models.registry import load_spec
 from semipd_jax.options import Option
 from semipd_server.settings import Settings, add_flags, take_flags
 
@@ -34,27 +39,33 @@ _GROUPS: Final = {
     "": "other",
 }
 
+_DEFAULTS: Final = {"model": str(MODEL_DIR), "log_level": "info"}
+"""Where they differ from the library's."""
+
+_METAVARS: Final = {int: "N", float: "X", str: "TEXT", tuple: "X,..."}
+
 _log = logging.getLogger("semipd_jax.serve")  # __name__ is __main__
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax.serve") -> int:
     """Serves until a signal comes. Returns the exit status: 0 after an orderly end, 1 after a
-    failure, 2 for a bad command line."""
-    parser = _parser()
-    args = vars(parser.parse_args(argv))
-    if args.pop("trust_remote_code"):
-        parser.error(
-            "--trust-remote-code: the engine has its own model definitions and never runs code "
-            "that comes with a model"
-        )
+    failure, 2 for a bad command line or config file."""
+    parser = _parser(prog)
     try:
+        args = _take_arguments(parser, argv)
+        if args.pop("trust_remote_code", False):
+            raise ConfigError(
+                "--trust-remote-code: the engine has its own model definitions and never runs "
+                "code that comes with a model"
+            )
         settings = take_flags(args)
         config = options.build_config(**args)
-    except ConfigError as error:
-        print(f"semipd_jax.serve: error: {error}", file=sys.stderr)
+        load_spec(config.model.path)
+    except (ConfigError, CheckpointError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     setproctitle("semipd: serve")
-    logs.configure("serve", config.log_level)
+    logs.configure("serve", config.log_level, config.log_format)
     if settings.is_exposed:
         _log.warning("no --api-key: whoever reaches %s may use the engine", settings.host)
     return _serve(config, settings)
@@ -76,8 +87,7 @@ def _serve(config: EngineConfig, settings: Settings) -> int:
         _log.info("control socket: unix:%s", settings.control_path(launcher.run_dir))
         event = events.get()
     if event == "signal":
-        _drain(launcher, events)
-        launcher.stop()
+        _end(launcher, events)
     elif launcher.error is None:
         return 1  # the thread that failed has said why
     if launcher.error is not None:
@@ -100,13 +110,18 @@ def _start(launcher: Launcher, config: EngineConfig, events: "queue.SimpleQueue[
     events.put("started")
 
 
-def _drain(launcher: Launcher, events: "queue.SimpleQueue[_Event]") -> None:
-    """Lets running requests finish; a second signal ends everything now."""
+def _end(launcher: Launcher, events: "queue.SimpleQueue[_Event]") -> None:
+    """Lets running requests finish, then stops; a second signal ends everything now."""
     _log.info("stopping: running requests may finish; a second signal ends them")
-    draining = threading.Thread(target=launcher.drain, daemon=True)
-    draining.start()
-    while draining.is_alive():
-        draining.join(0.1)
+
+    def drain_and_stop() -> None:
+        launcher.drain()
+        launcher.stop()
+
+    ending = threading.Thread(target=drain_and_stop, daemon=True)
+    ending.start()
+    while ending.is_alive():
+        ending.join(0.1)
         if not events.empty() and events.get() == "signal":
             launcher.kill()
             return
@@ -145,16 +160,63 @@ class _ProgressLog:
         _log.info("%s: %s %s", name, progress.stage, text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m semipd_jax.serve",
+def _take_arguments(parser: "_Parser", argv: Sequence[str] | None) -> dict[str, Any]:
+    """What the command line says, what else the config file says, and defaults for the rest.
+
+    Raises:
+      ConfigError: the config file has something that the command line would not take.
+    """
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    return _DEFAULTS | (_from_file(parser, path) if path is not None else {}) | given
+
+
+def _from_file(parser: "_Parser", path: Path) -> dict[str, Any]:
+    words = read_words(path, parser.flags())
+    try:
+        return vars(parser.parse_args(words))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are exceptions: what is wrong may be in a file."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def flags(self) -> dict[str, FlagKind]:
+        """Names that may be in a file, without dashes in front."""
+        kinds: dict[str, FlagKind] = {}
+        for action in self._actions:
+            if action.dest not in ("help", "version", "config"):
+                is_list = isinstance(action, argparse._AppendAction)
+                kind = "switch" if action.nargs == 0 else "repeated" if is_list else "value"
+                kinds[action.option_strings[0].removeprefix("--")] = kind
+        return kinds
+
+
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--model DIR] [flag ...]",
         description="Serve a model; prefill and decode share one copy of everything.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="In brackets: defaults.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=version("semipd-jax"))
-    parser.add_argument("--model", default=str(MODEL_DIR), help="model directory")
-    add_flags(parser)
+    parser.add_argument(
+        "--version", action="version", version=f"semipd-jax {version('semipd-jax')}"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of these flags, without dashes in front; those given here win",
+    )
+    parser.add_argument("--model", metavar="DIR", help="model directory [the demo model]")
     parser.add_argument("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    add_flags(parser)
     groups = {section: parser.add_argument_group(title) for section, title in _GROUPS.items()}
     for option in options.OPTIONS:
         groups[option.section].add_argument(_flag(option), **_argument(option))
@@ -166,15 +228,20 @@ def _flag(option: Option) -> str:
 
 
 def _argument(option: Option) -> dict[str, Any]:
-    default = "info" if option.name == "log_level" else options.default(option)
-    shown = argparse.SUPPRESS if default is None else default
+    default = _DEFAULTS.get(option.name, options.default(option))
+    text = option.help if default is None or default == () else f"{option.help} [{default}]"
     if options.value_type(option) is bool:
-        return {"action": argparse.BooleanOptionalAction, "default": shown, "help": option.help}
+        return {
+            "action": argparse.BooleanOptionalAction,
+            "help": text,
+            "default": argparse.SUPPRESS,
+        }
+    words, kind = options.choices(option), options.value_type(option)
     return {
         "type": options.parse(option),
-        "choices": options.choices(option),
-        "default": shown,
-        "help": option.help,
+        "choices": words,
+        "metavar": None if words else _METAVARS[kind],
+        "help": text,
     }
 
 

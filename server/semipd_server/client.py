@@ -226,9 +226,11 @@ def _request(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_server.client"
+) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m semipd_server.client",
+        prog=prog,
         description=f"Print a completion as it comes. The API key is taken from ${KEY_VARIABLE}.",
     )
     parser.add_argument("prompt")

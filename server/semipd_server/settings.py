@@ -134,46 +134,46 @@ def http_is_installed() -> bool:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Settings`, as a group of their own."""
+    """The flags of `Settings`, as a group of their own. Those that are not given leave no trace."""
+    http_port = DEFAULT_HTTP_PORT if http_is_installed() else _OFF
     group = parser.add_argument_group("serving")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    group.add_argument("--port", type=int, default=50051, help="gRPC port; 0 takes a free one")
-    group.add_argument(
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+
+    add("--host", "address to listen on [127.0.0.1]")
+    add("--port", "gRPC port; 0 takes a free one [50051]", type=int)
+    add(
         "--http-port",
+        "port of the OpenAI API, /health, /metrics and /dashboard; 0 takes a free one, "
+        f"{_OFF}: none [{http_port}]",
         type=_http_port,
-        default=DEFAULT_HTTP_PORT if http_is_installed() else _OFF,
-        help=f"port of the OpenAI API, /health and /metrics; 0 takes a free one, {_OFF}: none",
     )
-    group.add_argument(
+    add(
         "--api-key",
+        f"key that clients must present; may be repeated [${KEY_VARIABLE}]",
         dest="api_keys",
         action="append",
-        default=argparse.SUPPRESS,
         metavar="KEY",
-        help=f"key that clients must present; may be repeated [${KEY_VARIABLE}]",
     )
-    group.add_argument(
-        "--ssl-keyfile", default=argparse.SUPPRESS, help="PEM file of the server's key: use TLS"
-    )
-    group.add_argument(
-        "--ssl-certfile", default=argparse.SUPPRESS, help="PEM file of the server's certificates"
-    )
-    group.add_argument(
+    add("--ssl-keyfile", "PEM file of the server's key: use TLS", metavar="FILE")
+    add("--ssl-certfile", "PEM file of the server's certificates", metavar="FILE")
+    add(
         "--ssl-ca-certs",
-        default=argparse.SUPPRESS,
-        help="PEM file of authorities: clients must have a certificate of theirs",
+        "PEM file of authorities: clients must have a certificate of theirs",
+        metavar="FILE",
     )
-    group.add_argument(
+    add(
         "--control-socket",
-        default=argparse.SUPPRESS,
-        help="path of the Unix socket of ControlService [in the engine's private directory]",
+        "path of the Unix socket of ControlService [in the engine's private directory]",
+        metavar="PATH",
     )
-    group.add_argument(
+    add(
         "--expose-control",
+        "serve ControlService on the gRPC port too: who may connect may change the engine",
         action="store_true",
-        help="serve ControlService on the gRPC port too: who may connect may change the engine",
     )
-    group.add_argument("--metrics-prefix", default="semipd", help="beginning of metrics' names")
+    add("--metrics-prefix", "beginning of metrics' names [semipd]", metavar="NAME")
 
 
 def take_flags(
@@ -189,6 +189,7 @@ def take_flags(
     if key := environment.pop(KEY_VARIABLE, ""):
         given.setdefault("api_keys", [key])
     given["api_keys"] = tuple(given.get("api_keys", ()))
+    given.setdefault("http_port", DEFAULT_HTTP_PORT if http_is_installed() else None)
     return Settings(**given)
 
 

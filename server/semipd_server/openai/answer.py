@@ -84,7 +84,8 @@ class Answer:
 
     async def send_stream(self, reply: Reply, options: StreamOptions) -> None:
         form = self._form
-        async with aclosing(events(self._engine.client, self._id, self._wanted)) as happening:
+        happening = events(self._engine.client, self._id, self._wanted)
+        async with aclosing(happening), reply.kept_alive():
             async for index, event in happening:
                 self._take(index, event)
                 match event:

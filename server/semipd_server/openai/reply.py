@@ -1,7 +1,8 @@
 """One HTTP response: JSON, or events as they happen, for as long as somebody listens."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from starlette.types import Receive, Scope, Send
@@ -14,6 +15,8 @@ _EVENT_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
 
+_KEEP_ALIVE_S: Final = 15.0
+
 
 class Reply:
     """What is sent to one client. Errors become a status, or the last event if some were sent."""
@@ -21,15 +24,32 @@ class Reply:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._is_begun = False
+        self._sent_s = 0.0
 
     async def json(self, body: bytes) -> None:
         await self._begin(200, [(b"content-type", b"application/json")])
         await self._body(body, is_last=True)
 
     async def event(self, data: bytes) -> None:
-        if not self._is_begun:
-            await self._begin(200, _EVENT_HEADERS)
-        await self._body(b"data: " + data + b"\n\n")
+        await self._piece(b"data: " + data + b"\n\n")
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Inside, comments fill the time between events: proxies and clients give up on a stream
+        that is silent while its request waits in the queue."""
+        commenting = asyncio.ensure_future(self._comment())
+        try:
+            yield
+        finally:
+            commenting.cancel()
+
+    async def _comment(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sent_s = loop.time()
+        while True:
+            await asyncio.sleep(self._sent_s + _KEEP_ALIVE_S - loop.time())
+            if loop.time() - self._sent_s >= _KEEP_ALIVE_S:
+                await self._piece(b": keep-alive\n\n")
 
     async def end(self) -> None:
         """After the last event."""
@@ -47,7 +67,13 @@ class Reply:
         self._is_begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
+    async def _piece(self, body: bytes) -> None:
+        if not self._is_begun:
+            await self._begin(200, _EVENT_HEADERS)
+        await self._body(body)
+
     async def _body(self, body: bytes, *, is_last: bool = False) -> None:
+        self._sent_s = asyncio.get_running_loop().time()
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 

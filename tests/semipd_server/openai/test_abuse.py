@@ -17,6 +17,7 @@ from tiny_tokenizers import save_byte_level
 
 from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import load_tokenizer
+from semipd_server.openai import reply as reply_module
 from semipd_server.openai import server
 from semipd_server.openai.schema import INERT, ChatRequest, CompletionRequest
 
@@ -99,6 +100,49 @@ def test_a_client_that_never_reads_loses_its_request_and_delays_nobody(
             assert await still_serves(rig)
 
     asyncio.run(main())
+
+
+def test_a_queued_stream_is_kept_alive_by_comments(start: Start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reply_module, "_KEEP_ALIVE_S", 0.05)
+    body = {"prompt": [5], "max_tokens": 2, "stream": True}
+
+    async def main():
+        async with start(admits=False) as rig:
+            with connect(rig) as client:
+                client.send(http_request(body))
+                loop, received = asyncio.get_running_loop(), b""
+                await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+                while received.count(b": keep-alive\n\n") < 3:
+                    async with asyncio.timeout(10):
+                        received += await loop.sock_recv(client, 1 << 16)
+                assert received.startswith(b"HTTP/1.1 200")
+                assert b"data:" not in received
+                ended = asyncio.ensure_future(_until_done(client))
+                await rig.fake.until(ended.done)
+                assert ended.result().count(b"data: {") >= 2
+            async with openai_client(rig) as openai:
+                create = openai.completions.create(
+                    model="tiny", prompt=[5], max_tokens=40, stream=True
+                )
+                stream = await while_serving(rig, create)
+                text = asyncio.ensure_future(_texts(stream))
+                await asyncio.sleep(0.2)  # comments come between the tokens
+                await rig.fake.until(text.done)
+                assert len(text.result()) > 1
+
+    asyncio.run(main())
+
+
+async def _until_done(client: socket.socket) -> bytes:
+    received = b""
+    async with asyncio.timeout(10):
+        while b"[DONE]" not in received:
+            received += await asyncio.get_running_loop().sock_recv(client, 1 << 16)
+    return received
+
+
+async def _texts(stream: Any) -> list[str]:
+    return [chunk.choices[0].text async for chunk in stream]
 
 
 def test_small_writes_are_not_held_back(start: Start):

@@ -1,0 +1,37 @@
+"""The command `semipd-jax`."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+_USAGE = """usage: semipd-jax COMMAND [flag ...]
+
+commands:
+  serve      serve a model
+  complete   print a completion as it comes
+
+`semipd-jax COMMAND --help` lists the flags of one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; each loads only what it needs. Returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    match name:
+        case "serve":
+            from semipd_jax import serve
+
+            return serve.main(rest, prog="semipd-jax serve")
+        case "complete":
+            from semipd_server import client
+
+            client.main(rest, prog="semipd-jax complete")
+            return 0
+        case "--version":
+            print(f"semipd-jax {version('semipd-jax')}")
+            return 0
+        case "-h" | "--help":
+            print(_USAGE)
+            return 0
+    print(f"semipd-jax: error: command is {name!r}\n{_USAGE}", file=sys.stderr)
+    return 2

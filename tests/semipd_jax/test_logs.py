@@ -1,0 +1,49 @@
+import json
+import logging
+from collections.abc import Iterator
+from datetime import datetime
+
+import pytest
+
+from semipd_jax import logs
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("semipd_jax", "semipd_server")]
+    states = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in states:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def failing() -> None:
+    raise ValueError("a\nb")
+
+
+def test_lines_are_json_objects(capsys: pytest.CaptureFixture[str]):
+    logs.configure("coordinator", "info", "json")
+    log = logging.getLogger("semipd_jax.x")
+    log.info('%s said "%s"\nGrüße', "he", "no")
+    log.debug("unseen")
+    try:
+        failing()
+    except ValueError:
+        log.exception("it failed")
+    plain, failure = map(json.loads, capsys.readouterr().err.splitlines())
+    assert datetime.fromisoformat(plain.pop("time")).tzinfo is not None
+    assert plain == {
+        "level": "info",
+        "process": "coordinator",
+        "logger": "semipd_jax.x",
+        "message": 'he said "no"\nGrüße',
+    }
+    assert (failure["level"], failure["message"]) == ("error", "it failed")
+    assert "ValueError: a\nb" in failure["exception"]
+
+
+def test_lines_for_a_person(capsys: pytest.CaptureFixture[str]):
+    logs.configure("coordinator", "warning")
+    logging.getLogger("semipd_server").warning("hello")
+    assert capsys.readouterr().err.endswith("coordinator | hello\n")

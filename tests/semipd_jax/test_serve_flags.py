@@ -1,0 +1,134 @@
+"""What `serve` makes of its flags before anything starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semipd_jax import serve
+from semipd_jax.config import EngineConfig
+from semipd_jax.demo import MODEL_DIR
+from semipd_server import cli
+from semipd_server.settings import KEY_VARIABLE, Settings
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch):
+    """What would be started with these flags; fails if they are refused."""
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(serve, "setproctitle", lambda _: None)
+    monkeypatch.setattr(serve.logs, "configure", lambda *_: None)
+
+    def run(*flags: str) -> tuple[EngineConfig, Settings]:
+        seen: list[Any] = []
+        monkeypatch.setattr(serve, "_serve", lambda *found: seen.extend(found) or 0)
+        assert serve.main(flags) == 0
+        config, front_end = seen
+        return config, Settings.from_extra(front_end.extra)
+
+    return run
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Why these flags are refused; fails if anything starts."""
+
+    def run(*flags: str) -> str:
+        monkeypatch.setattr(serve, "_serve", lambda *_: pytest.fail("it starts"))
+        assert serve.main(flags) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_without_flags_the_demo_model_is_served(started):
+    config, settings = started()
+    assert config.model.path == str(MODEL_DIR)
+    assert (config.log_level, config.log_format) == ("info", "text")
+    assert settings == Settings(http_port=8000)
+
+
+def test_a_file_has_the_flags_names_and_flags_win(started, tmp_path: Path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "max-num-seqs: 7\nmax_num_batched_tokens: 64\nport: 1\nhttp-port: off\n"
+        "api-key: [a, b]\nenable-prefix-caching: false\nshare-ladder: [0.5, 0.8]\n"
+        "log-format: json\n"
+    )
+    config, settings = started("--config", str(file))
+    assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (7, 64)
+    assert not config.cache.enable_prefix_caching
+    assert config.shares.ladder == (0.5, 0.8)
+    assert (config.log_level, config.log_format) == ("info", "json")
+    assert settings == Settings(port=1, api_keys=("a", "b"))
+    config, settings = started(
+        f"--config={file}", "--max-num-seqs=9", "--api-key=c", "--enable-prefix-caching"
+    )
+    assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (9, 64)
+    assert config.cache.enable_prefix_caching
+    assert settings.api_keys == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--decode-share=1.5", "decode_share is 1.5; allowed: above 0 and at most 1"),
+        ("--trust-remote-code", "never runs code"),
+        ("--dtype=int3", "invalid choice: 'int3'"),
+        ("--max-num-seqs=x", "--max-num-seqs: invalid int value: 'x'"),
+        ("--max-num=3", "unrecognized arguments: --max-num=3"),
+        ("--port=70000", "port is 70000; allowed: 0 to 65535"),
+        ("--log-format=xml", "invalid choice: 'xml'"),
+        ("--model=/absent", "/absent"),
+        ("--config=/absent", "/absent"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_starts(refused, flag: str, reason: str):
+    assert reason in refused(flag)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("decode-share: 1.5", "decode_share is 1.5"),
+        ("max-num-seq: 3", "'max-num-seq' is no option; allowed: max-num-seqs"),
+        ("dtype: int3", "invalid choice: 'int3'"),
+        ("config: other.yaml", "'config' is no option"),
+        ("help: true", "'help' is no option"),
+    ],
+)
+def test_a_bad_line_of_the_file_is_refused(refused, tmp_path: Path, line: str, reason: str):
+    (tmp_path / "serve.yaml").write_text(line)
+    assert reason in refused(f"--config={tmp_path / 'serve.yaml'}")
+
+
+def test_a_model_that_cannot_be_served_is_refused(refused, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    reason = refused(f"--model={tmp_path}")
+    assert "GPT2LMHeadModel" in reason
+    assert "LlamaForCausalLM" in reason
+
+
+def test_help_has_groups_and_defaults(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: semipd-jax serve [--config FILE]")
+    for title in ("serving:", "model:", "KV cache:", "scheduling:", "compute shares:", "timeouts:"):
+        assert title in text
+    assert "--max-num-seqs N most requests running at once [32]" in text
+    assert "--port PORT gRPC port; 0 takes a free one [50051]" in text
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["--version"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--version"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert first.startswith("semipd-jax 0.")
+
+
+def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["sreve"]) == 2
+    assert "command is 'sreve'" in capsys.readouterr().err
