@@ -93,6 +93,7 @@ class FakeCoordinator:
       refuse: answer to every Submit instead of running it: its message.
       fail_after: give up on requests after this many tokens.
       admits: else requests stay in the queue.
+      state: fields of the `Stats` that are told.
       cannot: why it makes no change to the partition; what was asked for is in `changes`.
     """
 
@@ -104,6 +105,7 @@ class FakeCoordinator:
     running: dict[tuple[str, int], Running] = field(default_factory=dict)
     submitted: list[Request] = field(default_factory=list)
     aborted: list[FinishReason] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
     cannot: str | None = None
     changes: list[SetPartition | SetSlo] = field(default_factory=list)
 
@@ -181,7 +183,7 @@ class FakeCoordinator:
         return _outputs(handles, token_ids, logprobs, done)
 
     def _stats(self, query_id: int) -> Stats:
-        return stats(query_id=query_id, num_running=len(self.running))
+        return stats(**({"query_id": query_id, "num_running": len(self.running)} | self.state))
 
 
 def _ending(running: Running, token_id: int) -> Done | None:

@@ -8,6 +8,7 @@ _USAGE = """usage: semipd-jax COMMAND [flag ...]
 
 commands:
   serve      serve a model
+  top        watch a server in the terminal
   complete   print a completion as it comes
 
 `semipd-jax COMMAND --help` lists the flags of one."""
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from semipd_jax import serve
 
             return serve.main(rest, prog="semipd-jax serve")
+        case "top":
+            from semipd_server import top
+
+            return top.main(rest)
         case "complete":
             from semipd_server import client
 

@@ -15,7 +15,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from semipd_server.auth import Keys
+from semipd_server.dashboard import load_dashboard
 from semipd_server.gate import Engine, Gate
+from semipd_server.live import LiveView
 from semipd_server.metrics import Metrics
 from semipd_server.openai.answer import Answer
 from semipd_server.openai.chat import chat, conversation
@@ -61,6 +63,8 @@ def build_app(gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int) 
         ("GET", "/version", routes.version),
         ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),
+        ("GET", "/dashboard", routes.dashboard),
+        ("GET", "/dashboard.json", routes.live),
     ]
     app = Starlette(
         routes=[Route(path, _safe(handler), methods=[verb]) for verb, path, handler in table],
@@ -75,6 +79,8 @@ class Routes:
     def __init__(self, gate: Gate, metrics: Metrics, max_body_bytes: int) -> None:
         self._gate = gate
         self._metrics = metrics
+        self._live = LiveView(gate)
+        self._dashboard = load_dashboard()
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time())
         self._texts: TokenTexts | None = None
@@ -128,6 +134,14 @@ class Routes:
     async def metrics(self, request: Request) -> ASGIApp:
         body, content_type = await self._metrics.render(request.headers.get("accept", ""))
         return Response(body, media_type=content_type)
+
+    async def dashboard(self, request: Request) -> ASGIApp:
+        """The page only: what it shows, it asks `/dashboard.json` for, with the key."""
+        page, headers = self._dashboard
+        return Response(page, headers=headers, media_type="text/html")
+
+    async def live(self, request: Request) -> ASGIApp:
+        return _json(await self._live.look())
 
     # ------------------------------------------------------------ what they share
 

@@ -10,7 +10,7 @@ from semipd_server.gate import Gate
 from semipd_server.openai.errors import ApiError
 from semipd_server.openai.reply import Reply
 
-_OPEN_PATHS: Final = frozenset({"/health"})
+_OPEN_PATHS: Final = frozenset({"/health", "/dashboard"})  # the latter is a page without data
 _REQUEST_ID: Final = "x-request-id"
 
 
