@@ -23,8 +23,8 @@ def started(monkeypatch: pytest.MonkeyPatch):
         seen: list[Any] = []
         monkeypatch.setattr(serve, "_serve", lambda *found: seen.extend(found) or 0)
         assert serve.main(flags) == 0
-        config, front_end = seen
-        return config, Settings.from_extra(front_end.extra)
+        config, settings = seen
+        return config, settings
 
     return run
 
