@@ -1,6 +1,8 @@
 """`python -m benchmarks.shares`: what it costs to change a phase's share while requests run.
 
-On the ladder: the decode phase moves between two rungs with the same cores (1.0 and a hair less),
+Each phase has a core of its own, so that the phases do not show in each other's times.
+
+On the ladder: the decode phase moves between two rungs with the same core (0.5 and a hair less),
 so that nothing but the move itself can show. After each move, and as often after a moment without
 one, the longest of a stream's next gaps between tokens is taken; the two alternate in random order,
 and the difference of their distributions is the cost of a move.
@@ -26,7 +28,8 @@ from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
 from semipd_jax.request import Delta
 
-_RUNGS: Final = (0.999, 1.0)
+_RUNGS: Final = (0.499, 0.5)
+_BESIDE: Final = 0.498
 _GAPS: Final = 4
 """A move shows within the steps that were in flight when it was asked for and the next one."""
 
@@ -106,9 +109,9 @@ async def beside_the_ladder(engine: AsyncEngine, streams: Streams, repeat: int) 
     changing: list[float] = []
     for _ in range(repeat):
         quiet += await _gaps_until(streams, _lasting(10.0))
-        await engine.set_partition(decode=0.5)
-        changing += await _gaps_until(streams, lambda: _is_warm(engine, 0.5))
-        await engine.set_partition(decode=1.0)
+        await engine.set_partition(decode=_BESIDE)
+        changing += await _gaps_until(streams, lambda: _is_warm(engine, _BESIDE))
+        await engine.set_partition(decode=_RUNGS[1])
         quiet += await _gaps_until(streams, _lasting(10.0))
     return {"undisturbed": Gaps.of(quiet), "while a worker starts": Gaps.of(changing)}
 
@@ -134,7 +137,11 @@ async def _gaps_until(streams: Streams, is_over: Any) -> list[float]:
 
 
 async def measure(args: argparse.Namespace) -> dict[str, dict[str, Gaps]]:
-    options = {"max_num_seqs": 8, "decode_share_ladder": _RUNGS}
+    options = {
+        "max_num_seqs": 8,
+        "prefill_share_ladder": (_RUNGS[1],),
+        "decode_share_ladder": _RUNGS,
+    }
     async with AsyncEngine(args.model, **options) as engine:
         streams = Streams(engine, args.streams)
         await streams.tokens(50)

@@ -7,22 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-_LOWEST: Final = 19
 _CAP_SYS_NICE: Final = 23
 
 
 @contextlib.contextmanager
 def giving_way() -> Iterator[None]:
-    """Runs the body at the lowest priority, all threads of this process and those it starts.
+    """Runs the body on time that nobody else wants: all threads, and those that it starts.
 
-    Does nothing where the priority could not be raised again afterwards: that takes the right to
-    (CAP_SYS_NICE, or RLIMIT_NICE).
+    SCHED_IDLE, not the lowest niceness: whoever wakes up takes the core at once, instead of after
+    the rest of a time slice.
+
+    Does nothing where the way back would be refused: it takes CAP_SYS_NICE or RLIMIT_NICE.
     """
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    if not _may_return_to(before):
+    if not _may_return_to(os.getpriority(os.PRIO_PROCESS, 0)):
         yield
         return
-    _set_all(_LOWEST)
+    before = os.sched_getscheduler(0)
+    _set_all(os.SCHED_IDLE)
     try:
         yield
     finally:
@@ -36,8 +37,8 @@ def _may_return_to(niceness: int) -> bool:
     return bool(capabilities >> _CAP_SYS_NICE & 1) or limit >= 20 - niceness
 
 
-def _set_all(niceness: int) -> None:
-    """On Linux every thread has a niceness of its own."""
+def _set_all(policy: int) -> None:
+    """On Linux every thread has a policy of its own."""
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-            os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+            os.sched_setscheduler(int(thread), policy, os.sched_param(0))

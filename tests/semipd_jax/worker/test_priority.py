@@ -6,8 +6,8 @@ import pytest
 from semipd_jax.worker import priority
 
 
-def niceness_of_threads() -> set[int]:
-    return {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+def policies_of_threads() -> set[int]:
+    return {os.sched_getscheduler(int(t)) for t in os.listdir("/proc/self/task")}
 
 
 @pytest.fixture
@@ -22,17 +22,17 @@ def second_thread():
 
 @pytest.mark.usefixtures("second_thread")
 def test_every_thread_gives_way_and_comes_back():
-    before = niceness_of_threads()
+    before = policies_of_threads()
     if not priority._may_return_to(0):
-        pytest.skip("this user may not raise a priority")
+        pytest.skip("this user may not leave SCHED_IDLE")
     with priority.giving_way():
-        assert niceness_of_threads() == {19}
-    assert niceness_of_threads() == before
+        assert policies_of_threads() == {os.SCHED_IDLE}
+    assert policies_of_threads() == before
 
 
 @pytest.mark.usefixtures("second_thread")
 def test_no_way_down_without_a_way_back(monkeypatch):
     monkeypatch.setattr(priority, "_may_return_to", lambda _: False)
-    before = niceness_of_threads()
+    before = policies_of_threads()
     with priority.giving_way():
-        assert niceness_of_threads() == before
+        assert policies_of_threads() == before
