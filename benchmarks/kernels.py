@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import common
 
-OPS = ("paged_decode_attention", "paged_prefill_attention", "kv_write")
+OPS = ("paged_decode_attention", "paged_prefill_attention", "kv_write", "rope_kv_write")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,15 @@ def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> Float[
     return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
 
+def slots(
+    rng: np.random.Generator, num_slots: int, num_tokens: int, num_dropped: int
+) -> Int32[Array, " T"]:
+    """Distinct slots of a pool in random order, for all but `num_dropped` of the tokens."""
+    chosen = rng.permutation(num_slots)[:num_tokens]
+    chosen[rng.permutation(num_tokens)[:num_dropped]] = -1
+    return jnp.asarray(chosen, jnp.int32)
+
+
 def page_table(
     rng: np.random.Generator, context_lens: Sequence[int], page_size: int, max_pages: int
 ) -> tuple[int, Int32[np.ndarray, "B M"]]:

@@ -58,6 +58,13 @@ def require_rows(page_table: Array, context_lens: Array, num_rows: int | None) -
     require_array("context_lens", context_lens, page_table.shape[:1], "int32")
 
 
+def require_slots(slot_mapping: Array, k_pages: Array, num_tokens: int) -> None:
+    """slot_mapping is int32 [num_tokens], and int32 can name every slot of the pool."""
+    num_slots = k_pages.shape[0] * k_pages.shape[2]
+    require(num_slots < 2**31, "slots of k_pages", num_slots, "below 2**31")
+    require_array("slot_mapping", slot_mapping, (num_tokens,), "int32")
+
+
 def require_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:
     """The options that both attention ops share."""
     require(scale is None or scale > 0, "scale", scale, "above 0, or None")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as pltriton
@@ -48,7 +49,14 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any, *, swizzle: int = 128, rows: 
     Args:
       swizzle: bytes of a row of a tile; its items divide the last dimension.
       rows: rows of a tile, and the step in which TMA copies them; wgmma wants 8.
+
+    Raises:
+      ValueError: copies of `rows` rows would not start at multiples of 128 bytes, as TMA wants
+        (PTX ISA, cp.async.bulk.tensor). Compilers do not see that.
     """
+    step = rows * shape[-1] * jnp.dtype(dtype).itemsize
+    if step % 128:
+        raise ValueError(f"{rows} rows have {step} bytes; allowed: multiples of 128")
     tiling = plgpu.TilingTransform((rows, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
     swizzling = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))

@@ -14,6 +14,7 @@ from benchmarks.aot.gates import Pool
 from kernels_pallas.kv_write import cases as kv_write_cases
 from kernels_pallas.paged_decode_attention import cases as decode_cases
 from kernels_pallas.paged_prefill_attention import cases as prefill_cases
+from kernels_pallas.rope_kv_write import cases as rope_kv_write_cases
 from semipd_jax.messages import Phase
 from semipd_jax.models import module
 from semipd_jax.models.registry import parse_spec
@@ -28,8 +29,12 @@ CASES: Final[dict[str, Any]] = {
     "paged_decode_attention": decode_cases,
     "paged_prefill_attention": prefill_cases,
     "kv_write": kv_write_cases,
+    "rope_kv_write": rope_kv_write_cases,
 }
 """Op → module of its cases."""
+
+_DONATED: Final = {"kv_write": (0, 1), "rope_kv_write": (3, 4)}
+"""Arguments that an op updates in place."""
 
 LLAMA_8B: Final = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,7 +85,7 @@ def kernel(op: str, implementation: str, case_name: str) -> Program:
     case = find_case(op, case_name)
     options = getattr(case, "options", {})
     call = functools.partial(getattr(kernels_pallas, op), implementation=implementation, **options)
-    donated = (0, 1) if op == "kv_write" else ()
+    donated = _DONATED.get(op, ())
     return Program(lambda gpu: gpu.compile(call, *case.specs, donate_argnums=donated))
 
 

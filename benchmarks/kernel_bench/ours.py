@@ -14,8 +14,16 @@ import kernels_pallas
 from benchmarks.kernel_bench.chains import chained
 from benchmarks.kernel_bench.timing import Contender
 
-NUM_CALLS: Final = {"paged_decode_attention": 24, "paged_prefill_attention": 4, "kv_write": 24}
+NUM_CALLS: Final = {
+    "paged_decode_attention": 24,
+    "paged_prefill_attention": 4,
+    "kv_write": 24,
+    "rope_kv_write": 24,
+}
 """In a program: enough that the host starts the next one before it ends."""
+
+WRITES: Final = ("kv_write", "rope_kv_write")
+"""Ops that update pools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +55,15 @@ class Setting:
 
 def setting(op: str, case: Any, *, l2_bytes: int) -> Setting:
     """Random inputs, made on the device."""
-    rows = case.rows(np.random.default_rng(0))
-    floats = case.specs[: -len(rows)]
+    rows = iter(case.rows(np.random.default_rng(0)))
     keys = iter(jax.random.split(jax.random.key(0), 64))
-    inputs = tuple(jax.random.normal(next(keys), s.shape, s.dtype) for s in floats) + rows
-    if op == "kv_write":
+    inputs = tuple(
+        jax.random.normal(next(keys), s.shape, s.dtype)
+        if jnp.issubdtype(s.dtype, jnp.floating)
+        else next(rows)
+        for s in case.specs
+    )
+    if op in WRITES:
         return Setting(op, case, inputs, ())
     pages = case.specs[1]
     pool_bytes = 2 * pages.size * pages.dtype.itemsize
@@ -63,24 +75,54 @@ def setting(op: str, case: Any, *, l2_bytes: int) -> Setting:
         )
         return k_pages, v_pages
 
-    return Setting(op, case, inputs, (inputs[1:3], *(pool() for _ in others)))
+    return Setting(op, case, inputs, ((inputs[1], inputs[2]), *(pool() for _ in others)))
 
 
 def implementation(setting: Setting, name: str) -> Entry:
     """One implementation of the op."""
     op = getattr(kernels_pallas, setting.op)
     call = functools.partial(op, implementation=name, **setting.options)
-    calls = NUM_CALLS[setting.op]
-    if setting.op == "kv_write":
-        k_pages, v_pages, *new = setting.inputs
-        contender = chained(
-            lambda pools, *new: call(*pools, *new), (k_pages, v_pages), [tuple(new)], calls
-        )
-    else:
-        q, _, _, *rows = setting.inputs
-        rest = [(*pool, *rows) for pool in setting.pools]
-        contender = chained(lambda *args: call(*args)[0], q, rest, calls)
-    return Entry(contender, lambda: jax.jit(call)(*setting.inputs))
+    return Entry(
+        _CHAINS[setting.op](setting, call, NUM_CALLS[setting.op]),
+        lambda: jax.jit(call)(*setting.inputs),
+    )
+
+
+def _chain_of_attention(setting: Setting, call: Callable[..., Any], num_calls: int) -> Contender:
+    q, _, _, *rows = setting.inputs
+    rest = [(*pool, *rows) for pool in setting.pools]
+    return chained(lambda *args: call(*args)[0], q, rest, num_calls)
+
+
+def _chain_of_kv_write(setting: Setting, call: Callable[..., Any], num_calls: int) -> Contender:
+    k_pages, v_pages, *new = setting.inputs
+    return chained(
+        lambda pools, *new: call(*pools, *new), (k_pages, v_pages), [tuple(new)], num_calls
+    )
+
+
+def _chain_of_rope_kv_write(
+    setting: Setting, call: Callable[..., Any], num_calls: int
+) -> Contender:
+    qkv, cos, sin, k_pages, v_pages, *rest = setting.inputs
+    kv_heads = k_pages.shape[1]
+
+    def write(state: Any, qkv: Any, *rest: Any) -> Any:
+        # Queries that nobody waits for would not be computed.
+        qkv, state = jax.lax.optimization_barrier((qkv, state))
+        _, k_pages, v_pages = state
+        return call(qkv, *rest[:2], k_pages, v_pages, *rest[2:])
+
+    first = qkv[:, : -2 * kv_heads], k_pages, v_pages
+    return chained(write, first, [(qkv, cos, sin, *rest)], num_calls)
+
+
+_CHAINS: Final = {
+    "paged_decode_attention": _chain_of_attention,
+    "paged_prefill_attention": _chain_of_attention,
+    "kv_write": _chain_of_kv_write,
+    "rope_kv_write": _chain_of_rope_kv_write,
+}
 
 
 def jax_paged_attention(setting: Setting) -> Entry:

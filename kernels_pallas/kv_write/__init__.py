@@ -6,7 +6,13 @@ from typing import Final
 
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.checks import Implementation, choose, require_array, require_pages
+from kernels_pallas.checks import (
+    Implementation,
+    choose,
+    require_array,
+    require_pages,
+    require_slots,
+)
 from kernels_pallas.kv_write import reference
 
 IMPLEMENTATIONS: Final[Mapping[Implementation, Callable]] = MappingProxyType(
@@ -45,5 +51,5 @@ def kv_write(
     _, kv_heads, _, head_dim = k_pages.shape
     require_array("k", k, (None, kv_heads, head_dim), k_pages.dtype.name)
     require_array("v", v, k.shape, k_pages.dtype.name)
-    require_array("slot_mapping", slot_mapping, k.shape[:1], "int32")
+    require_slots(slot_mapping, k_pages, k.shape[0])
     return choose(IMPLEMENTATIONS, implementation)(k_pages, v_pages, k, v, slot_mapping)

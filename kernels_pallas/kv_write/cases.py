@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.cases import LLAMA_8B, Heads, int32_spec, normal
+from kernels_pallas.cases import LLAMA_8B, Heads, int32_spec, normal, slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +34,8 @@ class Case:
 
     def rows(self, rng: np.random.Generator) -> tuple[Any, ...]:
         """(slot_mapping,)."""
-        slots = rng.permutation(self.num_pages * self.heads.page_size)[: self.num_tokens]
-        slots[rng.permutation(self.num_tokens)[: self.num_dropped]] = -1
-        return (jnp.asarray(slots, jnp.int32),)
+        num_slots = self.num_pages * self.heads.page_size
+        return (slots(rng, num_slots, self.num_tokens, self.num_dropped),)
 
     def inputs(self, seed: int = 0) -> tuple[Any, ...]:
         """(k_pages, v_pages, k, v, slot_mapping)."""

@@ -17,11 +17,13 @@ from kernels_pallas.cases import Heads
 from kernels_pallas.kv_write.cases import Case as WriteCase
 from kernels_pallas.paged_decode_attention.cases import Case as DecodeCase
 from kernels_pallas.paged_prefill_attention.cases import Case as PrefillCase
+from kernels_pallas.rope_kv_write.cases import Case as RopeCase
 
 CASES = {
     "paged_decode_attention": DecodeCase("small", Heads(4, 2, 16, 8, "bfloat16"), (9, 20)),
     "paged_prefill_attention": PrefillCase("small", Heads(4, 2, 16, 8, "bfloat16"), (9,), (4,)),
     "kv_write": WriteCase("small", Heads(4, 2, 16, 8, "bfloat16"), 4, 5),
+    "rope_kv_write": RopeCase("small", Heads(4, 2, 16, 8, "bfloat16"), 4, 5, has_norms=True),
 }
 
 
@@ -141,6 +143,15 @@ def test_every_op_has_cases_and_contenders():
         names = list(run.factories(op))
         assert [n for n in names if n.startswith(run.OUR_PREFIX)], op
         assert programs.CASES[op].GPU_BENCHMARKS
+
+
+def test_the_first_cases_of_all_ops_come_first():
+    ops = kernels.OPS
+    pairs = run.cases_of(ops)
+    firsts = [(op, programs.CASES[op].GPU_BENCHMARKS[0]) for op in ops]
+    assert pairs[: len(ops)] == firsts
+    for op in ops:
+        assert [case for o, case in pairs if o == op] == list(programs.CASES[op].GPU_BENCHMARKS)
 
 
 def test_without_a_gpu_it_says_so(capsys):

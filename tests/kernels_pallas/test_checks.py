@@ -12,6 +12,7 @@ from kernels_pallas import (
     merge_attention,
     paged_decode_attention,
     paged_prefill_attention,
+    rope_kv_write,
 )
 from kernels_pallas.checks import UnsupportedError, choose
 
@@ -49,10 +50,21 @@ VALID = {
         "v": zeros(3, 2, 16),
         "slot_mapping": ints(3),
     },
+    rope_kv_write: {
+        "qkv": zeros(3, 8, 16),
+        "cos": zeros(3, 8),
+        "sin": zeros(3, 8),
+        "k_pages": zeros(5, 2, 8, 16),
+        "v_pages": zeros(5, 2, 8, 16),
+        "slot_mapping": ints(3),
+        "q_norm": zeros(16),
+        "k_norm": zeros(16),
+    },
     merge_attention: {"outs": zeros(2, 3, 4, 16), "lses": zeros(2, 3, 4)},
 }
 ATTENTION = (paged_decode_attention, paged_prefill_attention)
-WITH_PAGES = (*ATTENTION, kv_write)
+WRITING = (kv_write, rope_kv_write)
+WITH_PAGES = (*ATTENTION, *WRITING)
 
 WRONG = [
     *((op, "k_pages", zeros(5, 2, 8), ValueError) for op in WITH_PAGES),
@@ -80,14 +92,32 @@ WRONG = [
     (kv_write, "k", zeros(3, 4, 16), ValueError),
     (kv_write, "k", zeros(3, 2, 16).astype("bfloat16"), TypeError),
     (kv_write, "v", zeros(4, 2, 16), ValueError),
-    (kv_write, "slot_mapping", ints(2), ValueError),
-    (kv_write, "slot_mapping", zeros(3), TypeError),
+    *((op, "slot_mapping", ints(2), ValueError) for op in WRITING),
+    *((op, "slot_mapping", zeros(3), TypeError) for op in WRITING),
+    (rope_kv_write, "qkv", zeros(3, 4, 16), ValueError),
+    (rope_kv_write, "qkv", zeros(3, 9, 16), ValueError),
+    (rope_kv_write, "qkv", zeros(3, 8, 32), ValueError),
+    (rope_kv_write, "qkv", zeros(3, 8, 16).astype("bfloat16"), TypeError),
+    (rope_kv_write, "cos", zeros(3, 16), ValueError),
+    (rope_kv_write, "sin", zeros(2, 8), ValueError),
+    (rope_kv_write, "sin", zeros(3, 8).astype("bfloat16"), TypeError),
+    (rope_kv_write, "q_norm", zeros(8), ValueError),
+    (rope_kv_write, "k_norm", zeros(16).astype("bfloat16"), TypeError),
+    (rope_kv_write, "k_norm", None, ValueError),
+    (rope_kv_write, "eps", 0.0, ValueError),
     (merge_attention, "outs", zeros(3, 16), ValueError),
     (merge_attention, "outs", zeros(0, 3, 4, 16), ValueError),
     (merge_attention, "outs", ints(2, 3, 4, 16), TypeError),
     (merge_attention, "lses", zeros(2, 3), ValueError),
     (merge_attention, "lses", zeros(2, 3, 4).astype("bfloat16"), TypeError),
 ]
+
+
+def test_slots_that_int32_cannot_name_are_refused():
+    pages = jax.ShapeDtypeStruct((2**25, 1, 64, 2), jnp.bfloat16)
+    new = jax.ShapeDtypeStruct((3, 1, 2), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"slots of k_pages is 2147483648; allowed: below 2\*\*31"):
+        jax.eval_shape(kv_write, pages, pages, new, new, ints(3))
 
 
 @pytest.mark.parametrize("op", VALID, ids=lambda op: op.__name__)
