@@ -16,18 +16,21 @@ _PACKAGES = ("semipd-jax", "jax", "grpcio", "pyzmq", "msgspec", "numpy", "torch"
 
 
 def header(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """First part of a result: date, commit, machine, versions and all settings of the run."""
+    """First part of a result: date, commit, machine, versions and all settings of the run.
+
+    Files and directories go by their names: where they lay says nothing about the result.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "host": {
             "cores": len(os.sched_getaffinity(0)),
             "cpu": _cpu_model(),
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "load_average": os.getloadavg(),
         },
         "versions": {"python": platform.python_version(), **_versions()},
-        "settings": dict(settings),
+        "settings": {name: _without_place(value) for name, value in settings.items()},
     }
 
 
@@ -53,6 +56,11 @@ def _cell(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _without_place(value: Any) -> Any:
+    is_path = isinstance(value, Path | str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
 
 
 def _commit() -> str:
