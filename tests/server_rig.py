@@ -67,10 +67,11 @@ async def serving(
     defaults: dict[str, Any] | None = None,
     max_calls: int = 1000,
     settings: Settings | None = None,
+    path: str = "tiny",
     **fields: Any,
 ) -> AsyncIterator[Rig]:
-    """`fields` are the fake coordinator's; the test makes its steps."""
-    model = ModelConfig(path="tiny")
+    """`path` is the model's; `fields` are the fake coordinator's; the test makes its steps."""
+    model = ModelConfig(path=path)
     settings = settings or Settings(port=0, http_port=0)
     engine = EngineClient(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
     control_socket = settings.control_path(run_dir)

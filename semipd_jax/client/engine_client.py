@@ -74,7 +74,7 @@ class EngineClient:
 
     Attributes:
       tokenizer: the model's.
-      layout: as given.
+      layout, model, generation_defaults: as given.
       observations: of every request since the client was made.
       failed: set when the link itself failed; every request has ended then.
     """
@@ -89,9 +89,10 @@ class EngineClient:
     ) -> None:
         self._run_dir = run_dir
         self.layout = layout
+        self.model = model
         self.tokenizer = tokenizer
         self.observations = Observations(layout.max_model_len)
-        self._defaults = generation_defaults
+        self.generation_defaults = generation_defaults
         self._seeds = random.Random(model.seed)
         self._prompts = PromptEncoder(tokenizer, layout.max_model_len)
         self._numbers = itertools.count(1)  # of requests and queries on the link
@@ -327,7 +328,7 @@ class EngineClient:
         layout = self.layout
         params = complete_sampling(
             sampling,
-            self._defaults,
+            self.generation_defaults,
             token_ids,
             vocab_size=layout.vocab_size,
             max_model_len=layout.max_model_len,

@@ -1,6 +1,7 @@
 """Bounds of repeated fields, checked on the message as it arrived: before anything is copied out of
 it, tokenised or sent on. Values inside are checked where they are used."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from semipd_jax.client.prompt import MAX_CHAT_MESSAGES
@@ -10,7 +11,7 @@ from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_
 MODEL_LENGTH: Final = -1
 """In `MAX_ENTRIES`: as many as the model's length."""
 
-MAX_ENTRIES: Final = {
+MAX_ENTRIES: Final[Mapping[str, int]] = {
     "semipd.v1.TokenIds.ids": MODEL_LENGTH,
     "semipd.v1.DetokenizeRequest.ids": MODEL_LENGTH,
     "semipd.v1.ChatMessages.messages": MAX_CHAT_MESSAGES,
@@ -26,16 +27,19 @@ MAX_PROMPTS: Final = 256
 """Most prompts in one request."""
 
 
-def check_entries(message: Any, max_model_len: int, path: str = "") -> None:
-    """Raises InvalidRequestError for a repeated field that has more entries than allowed."""
+def check_entries(
+    message: Any, max_model_len: int, entries: Mapping[str, int] = MAX_ENTRIES, path: str = ""
+) -> None:
+    """Raises InvalidRequestError for a repeated field that has more entries than allowed: those of
+    its full name in `entries`, otherwise none."""
     for field, value in message.ListFields():
         name = f"{path}{field.name}"
         if field.is_repeated:
-            limit = MAX_ENTRIES[field.full_name]
+            limit = entries.get(field.full_name, 0)
             limit = max_model_len if limit == MODEL_LENGTH else limit
             if len(value) > limit:
                 raise InvalidRequestError(
                     f"{name} has {len(value)} entries; allowed: at most {limit}", field=name
                 )
         elif field.message_type is not None:
-            check_entries(value, max_model_len, f"{name}.")
+            check_entries(value, max_model_len, entries, f"{name}.")

@@ -17,11 +17,10 @@ from semipd_server.pb import control_pb2_grpc as control_grpc
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.servicer import InferenceServicer
-from semipd_server.settings import Settings
+from semipd_server.settings import Settings, vllm_is_installed
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
-_SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
 _MESSAGE_OVERHEAD_BYTES: Final = 1 << 20
 _FLUSH_S: Final = 1.0
 
@@ -60,9 +59,16 @@ class Server:
         pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(gate), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._services = ["", SERVICE]  # "" is the server as a whole
         if settings.expose_control:
             control_grpc.add_ControlServiceServicer_to_server(ControlServicer(gate), self._server)
             names.append(control.SERVICE)
+        if vllm_is_installed():
+            from semipd_server.vllm import servicer as vllm  # needs the extra `smg`
+
+            vllm.pb_grpc.add_VllmEngineServicer_to_server(vllm.VllmServicer(gate), self._server)
+            names.append(vllm.SERVICE)
+            self._services.append(vllm.SERVICE)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> str:
@@ -87,7 +93,7 @@ class Server:
         """What health checks are told, until `refuse`."""
         kind = health_pb2.HealthCheckResponse
         status = kind.SERVING if is_serving else kind.NOT_SERVING
-        for service in _SERVICES:
+        for service in self._services:
             await self._health.set(service, status)
 
     async def refuse(self) -> None:

@@ -3,16 +3,16 @@
 import asyncio
 import functools
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import grpc
 from google.protobuf.message import Message
 
 from semipd_server.convert import event_message, prompt_from, sampling_from
 from semipd_server.gate import Engine, Gate
-from semipd_server.limits import check_entries
+from semipd_server.limits import MAX_ENTRIES, check_entries
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.status import abort_with
@@ -20,7 +20,19 @@ from semipd_server.status import abort_with
 type Context = grpc.aio.ServicerContext[Any, Any]
 
 _REQUEST_ID_KEY: Final = "x-request-id"
-_WRITE_TIMEOUT_S: Final = 60.0  # a client that reads nothing for so long loses its request
+WRITE_TIMEOUT_S: Final = 60.0
+"""A client that reads nothing for so long loses its request."""
+
+
+class Servicer(Protocol):
+    """What `rpc` needs of a servicer.
+
+    Attributes:
+      entries: full name of a repeated field → most entries; others may have none.
+    """
+
+    gate: Gate
+    entries: Mapping[str, int]
 
 
 def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
@@ -28,13 +40,13 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
     within limits, an error is a status."""
 
     @functools.wraps(method)
-    async def call(self: "InferenceServicer", request: Message, context: Context) -> Any:
+    async def call(self: Servicer, request: Message, context: Context) -> Any:
         with self.gate.inside():
             try:
                 metadata = context.invocation_metadata() or ()
                 if echo := [pair for pair in metadata if pair[0] == _REQUEST_ID_KEY]:
                     await context.send_initial_metadata(tuple(echo))
-                check_entries(request, self.gate.engine.info.max_model_len)
+                check_entries(request, self.gate.engine.info.max_model_len, self.entries)
                 return await method(self, request, context)
             except Exception as error:
                 await abort_with(context, error)
@@ -44,6 +56,8 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """Serves what is behind the gate."""
+
+    entries = MAX_ENTRIES
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -65,7 +79,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         )
         async with aclosing(events):
             async for event in events:
-                async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
                     await context.write(event_message(event, request_id))
 
     @rpc

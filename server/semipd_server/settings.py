@@ -133,6 +133,11 @@ def http_is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in _HTTP_PACKAGES)
 
 
+def vllm_is_installed() -> bool:
+    """Whether vLLM's gRPC contract can be served beside ours."""
+    return importlib.util.find_spec("smg_grpc_proto") is not None
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `Settings`, as a group of their own. Those that are not given leave no trace."""
     http_port = DEFAULT_HTTP_PORT if http_is_installed() else _OFF

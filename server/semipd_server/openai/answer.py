@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import msgspec
 
 from semipd_jax.request import Delta, Event, Finished, Started, TokenLogprob
+from semipd_server.choices import Choice, events
 from semipd_server.gate import Engine
-from semipd_server.openai.choices import Choice, events
 from semipd_server.openai.reply import Reply
 from semipd_server.openai.schema import CachedTokens, Completion, StreamOptions, Usage
 

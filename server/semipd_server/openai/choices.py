@@ -1,28 +1,13 @@
-"""The generations behind one answer: `n` for each prompt, at the same time."""
+"""The generations that an OpenAI request asks for: `n` for each prompt."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from semipd_jax.client import EngineClient
 from semipd_jax.client.sampling import fold_seed
-from semipd_jax.request import Event, Finished
+from semipd_server.choices import Choice
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.openai.errors import bad_request
 from semipd_server.openai.schema import Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One generation. `sampling` has the fields of `request.SamplingParams` that are set."""
-
-    prompt_index: int
-    token_ids: tuple[int, ...]
-    sampling: dict[str, Any]
-    priority: int = 0
-    cache_salt: str = ""
 
 
 def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: Any) -> list[Choice]:
@@ -42,51 +27,6 @@ def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: A
         for i, token_ids in enumerate(prompts)
         for seed in seeds
     ]
-
-
-async def events(
-    client: EngineClient, answer_id: str, wanted: Sequence[Choice]
-) -> AsyncGenerator[tuple[int, Event]]:
-    """(index of the choice, event) as they happen. The first error ends all."""
-
-    def generate(index: int) -> AsyncGenerator[Event]:
-        choice = wanted[index]
-        return client.generate(
-            choice.token_ids,
-            choice.sampling,
-            request_id=f"{answer_id}-{index}",
-            priority=choice.priority,
-            cache_salt=choice.cache_salt,
-        )
-
-    if len(wanted) == 1:
-        async with aclosing(generate(0)) as single:
-            async for event in single:
-                yield 0, event
-        return
-    arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(len(wanted))
-
-    async def pass_on(index: int) -> None:
-        try:
-            async with aclosing(generate(index)) as stream:
-                async for event in stream:
-                    await arrived.put((index, event))
-        except Exception as error:
-            await arrived.put((index, error))
-
-    tasks = [asyncio.create_task(pass_on(index)) for index in range(len(wanted))]
-    try:
-        num_running = len(wanted)
-        while num_running:
-            index, event = await arrived.get()
-            if isinstance(event, Exception):
-                raise event
-            yield index, event
-            num_running -= isinstance(event, Finished)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _sampling(request: Sampling) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""vLLM's gRPC engine contract, as gateways speak it (extra `smg`)."""
