@@ -5,7 +5,7 @@ BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard proto/semipd/v1/*.proto)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: install serve test lint bench gpu-check clean
+.PHONY: install serve test lint bench gpu-check package clean
 
 install: .venv/base            ## the engine and what it needs
 .venv/base: $(INPUTS)
@@ -36,6 +36,17 @@ bench: .venv/dev               ## the control plane alone, then the demo model u
 
 gpu-check: .venv/base          ## acceptance on an NVIDIA GPU
 	$(BIN)/python -m benchmarks.gpu_check
+
+package:                       ## wheel and sdist, installed and run in an empty environment
+	rm -rf dist
+	$(PYTHON) -m venv dist/build
+	dist/build/bin/pip install --quiet build
+	dist/build/bin/python -m build --outdir dist .
+	$(PYTHON) -m venv dist/empty
+	dist/empty/bin/pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[openai,smg]"
+	cd dist && empty/bin/semipd-jax --version && empty/bin/semipd-jax serve --help >/dev/null
+	cd dist && empty/bin/python -c 'from semipd_jax import Engine, demo; \
+	    print(Engine(str(demo.MODEL_DIR)).generate("def main():", max_tokens=8).text)'
 
 clean:
 	rm -rf .venv dist

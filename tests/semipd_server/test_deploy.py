@@ -1,0 +1,95 @@
+"""What is shipped for deployment agrees with the server that it deploys."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from semipd_jax import serve
+from semipd_jax.config import EngineConfig
+from semipd_jax.demo import MODEL_DIR
+from semipd_server.openai.door import _OPEN_PATHS
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "server" / "deploy"
+OBJECTS = {o["kind"]: o for o in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
+[CONTAINER] = POD["containers"]
+
+
+def configured(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """What `serve` would start with, for a model that is here."""
+    (tmp_path / "serve.yaml").write_text(text)
+    found: list[Any] = []
+    monkeypatch.setattr(serve, "setproctitle", lambda _: None)
+    monkeypatch.setattr(serve.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(serve, "_serve", lambda *args: found.extend(args) or 0)
+    flags = [f"--config={tmp_path / 'serve.yaml'}", f"--model={MODEL_DIR}", "--api-key=x"]
+    assert serve.main(flags) == 0
+    return found[0], found[1]
+
+
+def shutdown_s(config: EngineConfig) -> float:
+    return config.timeouts.shutdown_s
+
+
+def test_the_config_file_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (DEPLOY / "serve.yaml").read_text()
+    config, settings = configured(text, tmp_path, monkeypatch)
+    assert config.log_format == "json"
+    assert (settings.port, settings.http_port) == (50051, 8000)
+    assert not settings.is_exposed
+
+
+def test_the_pod_agrees_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = OBJECTS["ConfigMap"]["data"]["serve.yaml"]
+    config, settings = configured(text, tmp_path, monkeypatch)
+    ports = {p["name"]: p["containerPort"] for p in CONTAINER["ports"]}
+    assert ports == {"grpc": settings.port, "http": settings.http_port}
+    for name in ("startupProbe", "readinessProbe"):
+        assert CONTAINER[name]["httpGet"] == {"path": "/health", "port": "http"}
+    assert "/health" in _OPEN_PATHS, "probes have no key"
+    probe = CONTAINER["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= config.timeouts.startup_s
+    pre_stop_s = float(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert POD["terminationGracePeriodSeconds"] > pre_stop_s + shutdown_s(config) + 12
+    mounts = {mount["name"] for mount in CONTAINER["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in POD["volumes"]}
+    [key] = CONTAINER["env"]
+    assert key["name"] == "SEMIPD_API_KEY"
+    service = {p["targetPort"]: p["port"] for p in OBJECTS["Service"]["spec"]["ports"]}
+    assert service == ports
+
+
+def test_the_unit_waits_for_the_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    unit = (DEPLOY / "semipd.service").read_text()
+    config, _ = configured((DEPLOY / "serve.yaml").read_text(), tmp_path, monkeypatch)
+    stop_s = float(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0])
+    assert stop_s > shutdown_s(config) + 12, "a drain would be cut short"
+    assert "KillMode=mixed" in unit, "the launcher decides when its children stop"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path: Path):
+    unit = (DEPLOY / "semipd.service").read_text()
+    path = tmp_path / "semipd.service"
+    path.write_text(unit.replace("/opt/semipd/bin/semipd-jax", "/bin/true"))
+    command = ["systemd-analyze", "verify", "--man=no", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "semipd.service" in line]
+    assert complaints == []
+
+
+def test_the_image_s_parts_exist():
+    text = (DEPLOY / "Dockerfile").read_text()
+    for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+    assert re.search(r"^USER (?!root)\w+$", text, re.MULTILINE)
+    extras = re.findall(r"\[([\w,]+)\]\"", text)[0].split(",")
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert all(re.search(rf"^{extra} = \[", pyproject, re.MULTILINE) for extra in extras)
