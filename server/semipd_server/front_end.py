@@ -50,10 +50,11 @@ class FrontEnd:
         Raises:
           StartupError: an address cannot be bound.
         """
+        address = await self._grpc.start()
+        url = await self._http.start() if self._http is not None else None
         if self._control is not None:
             await self._control.start()
-        address = await self._grpc.start()
-        return address, await self._http.start() if self._http is not None else None
+        return address, url
 
     async def serve(self, engine: Engine) -> None:
         self.gate.waiting_for = ()
