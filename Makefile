@@ -5,7 +5,7 @@ BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard proto/semipd/v1/*.proto)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: install serve test lint bench gpu-check package clean
+.PHONY: install serve test lint bench gpu-check conformance package clean
 
 install: .venv/base            ## the engine and what it needs
 .venv/base: $(INPUTS)
@@ -36,6 +36,9 @@ bench: .venv/dev               ## the control plane alone, then the demo model u
 
 gpu-check: .venv/base          ## acceptance on an NVIDIA GPU
 	$(BIN)/python -m benchmarks.gpu_check
+
+conformance: .venv/dev         ## openai, smg, AIPerf and GuideLLM against the demo model
+	PIP_CONSTRAINT= $(BIN)/python -m benchmarks.conformance $(ARGS)
 
 package:                       ## wheel and sdist, installed and run in an empty environment
 	rm -rf dist

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.conformance`: clients that others wrote, against this server."""
