@@ -127,9 +127,10 @@ class TunedShares(ShareControl):
         return self.asked[phase]
 
     def _decoding_priorities(self) -> frozenset[int]:
-        if not self.targets.by_class:
-            return frozenset({0})
-        return frozenset(r.request.priority for r in self._scheduler.state.decoding) or {0}
+        found: set[int] = set()
+        if self.targets.by_class:
+            found.update(r.request.priority for r in self._scheduler.state.decoding)
+        return frozenset(found or {0})
 
     def _take(self, decision: Decision, phase: Phase) -> None:
         now_s, share = self._clock(), decision.shares.of(phase)

@@ -1,0 +1,99 @@
+"""Which options make a tuner, and what is said about those that do not."""
+
+import numpy as np
+import pytest
+
+from semipd_jax.errors import ConfigError
+from semipd_jax.options import build_config
+from semipd_jax.tuner import profile
+from semipd_jax.tuner.latency import FEATURES
+from semipd_jax.tuner.policy import FULL
+from semipd_jax.tuner.setup import targets_of, tuner_factory
+
+SLO = {"slo_ttft_ms": 300, "slo_tpot_ms": 50}
+LADDER = {"share_ladder": (0.4, 0.7, 1.0)}
+
+
+@pytest.fixture
+def profile_path(tmp_path) -> str:
+    path = tmp_path / "profile.json"
+    made = profile.Profile(
+        source="measured",
+        device="d",
+        model="m",
+        saturation=0.5,
+        yielding={"prefill": 0.0, "decode": 0.0},
+        coefficients={p: dict.fromkeys(names, 1e-3) for p, names in FEATURES.items()},
+    )
+    path.write_text(profile.to_json(made))
+    return str(path)
+
+
+def test_static_is_the_default_and_needs_nothing():
+    config = build_config("m")
+    assert config.tuner.policy == "static"
+    assert tuner_factory(config)("static", targets_of(config.tuner), FULL) is None
+
+
+def test_promises_come_from_the_options():
+    targets = targets_of(build_config("m", slo_target=0.99, **SLO).tuner)
+    assert (targets.default.ttft_ms, targets.default.tpot_ms) == (300.0, 50.0)
+    assert targets.attainment == 0.99
+
+
+@pytest.mark.parametrize("policy", ["semi-pd", "semi-pd-replan"])
+def test_reactive_policies_need_a_ladder_and_promises(policy):
+    config = build_config("m", policy=policy, **SLO, **LADDER)
+    assert tuner_factory(config)(policy, targets_of(config.tuner), FULL) is not None
+
+
+def test_the_predictive_policy_needs_a_profile_too(profile_path):
+    config = build_config("m", policy="predictive", tuner_profile=profile_path, **SLO, **LADDER)
+    assert tuner_factory(config)("predictive", targets_of(config.tuner), FULL) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"policy": "best"}, "policy is 'best'; allowed: static, semi-pd, "),
+        ({"slo_ttft_ms": 0}, "slo_ttft_ms is 0.0"),
+        ({"slo_target": 1.0}, "slo_target is 1.0"),
+        ({"policy": "semi-pd", **SLO}, "share_ladder under the policy semi-pd is"),
+        (
+            {"policy": "semi-pd", **SLO, "share_ladder": (0.5, 0.9), "prefill_share": 0.9}
+            | {"decode_share": 0.9},
+            "the largest 1.0",
+        ),
+        (
+            {"policy": "semi-pd", **SLO, **LADDER, "decode_share_ladder": (0.2, 1.0)},
+            "the same share_ladder for both phases",
+        ),
+        ({"policy": "semi-pd", "slo_ttft_ms": 300, **LADDER}, "slo_ttft_ms and slo_tpot_ms is"),
+        ({"policy": "predictive", **SLO, **LADDER}, "it needs a tuner_profile"),
+        ({"policy": "predictive", "slo_ttft_ms": 300, **LADDER}, "slo_tpot_ms is None"),
+        ({"tuner_profile": "/no/such/file"}, "tuner_profile '/no/such/file' cannot be read"),
+    ],
+)
+def test_what_is_missing_is_named_before_anything_starts(options, named):
+    with pytest.raises(ConfigError, match=named):
+        build_config("m", **options)
+
+
+def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"p\.json.*no latency profile"):
+        build_config("m", tuner_profile=str(path))
+
+
+def test_tuners_of_one_engine_refine_one_model(profile_path):
+    config = build_config("m", policy="predictive", tuner_profile=profile_path, **SLO, **LADDER)
+    make, targets = tuner_factory(config), targets_of(config.tuner)
+    first = make("predictive", targets, FULL)
+    second = make("predictive", targets, FULL)
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    model = first._model  # pyright: ignore[reportPrivateUsage]
+    model.set("decode", np.full(6, 2e-3))
+    assert second._model is model  # pyright: ignore[reportPrivateUsage]
