@@ -1,12 +1,13 @@
 """One run: a load through an engine, until every request has ended."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from semipd_jax.messages import Phase
 from semipd_jax.request import Request, SamplingParams
 from semipd_jax.simulator.engines import Engine, Finished, Report
 from semipd_jax.simulator.workloads import Prompts, Workload
@@ -22,6 +23,7 @@ class Outcome:
     Attributes:
       tpot_s: NaN for requests with a single token, too.
       duration_s: from the first arrival to the last end.
+      shares: (when, share) of each phase's steps that went to another share than the ones before.
     """
 
     ttft_s: Float64[np.ndarray, " requests"]
@@ -30,6 +32,7 @@ class Outcome:
     served: Bool[np.ndarray, " requests"]
     duration_s: float
     counters: dict[str, float]
+    shares: Mapping[Phase, Sequence[tuple[float, float]]]
 
     def attainment(self, target: SloTarget) -> float:
         """Share of all requests that were served and met both targets."""
@@ -47,7 +50,7 @@ def run(workload: Workload, build: Build) -> Outcome:
     Raises:
       RuntimeError: requests are left although nothing happens any more.
     """
-    rows, prompts = workload.rows, Prompts(workload.rows)
+    rows, prompts = workload.rows, Prompts(workload)
     ended: list[Finished | None] = [None] * len(rows)
     num_left, last_s, now_s = len(rows), 0.0, 0.0
 
@@ -75,11 +78,11 @@ def run(workload: Workload, build: Build) -> Outcome:
                 Request(request_id="", prompt_token_ids=prompts.of(number, row), sampling=sampling),
             )
             number += 1
-    return _outcome(workload, ended, last_s, engine.counters())
+    return _outcome(workload, ended, last_s, engine)
 
 
 def _outcome(
-    workload: Workload, ended: list[Finished | None], last_s: float, counters: dict[str, float]
+    workload: Workload, ended: list[Finished | None], last_s: float, engine: Engine
 ) -> Outcome:
     num = len(ended)
     ttft, tpot, e2e = (np.full(num, np.nan) for _ in range(3))
@@ -92,4 +95,4 @@ def _outcome(
         if row.output_len > 1:
             tpot[i] = t.decode_s / (row.output_len - 1)
     duration_s = last_s - workload.rows[0].arrival_s
-    return Outcome(ttft, tpot, e2e, ~np.isnan(ttft), duration_s, counters)
+    return Outcome(ttft, tpot, e2e, ~np.isnan(ttft), duration_s, engine.counters(), engine.shares)

@@ -21,7 +21,7 @@ from semipd_jax.simulator.engines import (
     SemiPd,
 )
 from semipd_jax.simulator.platform import Platform
-from semipd_jax.simulator.run import Build
+from semipd_jax.simulator.run import Build, Outcome, run
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import DEFAULT_LADDER, FULL, Ladder, Shares
@@ -90,6 +90,14 @@ def parse(name: str) -> System:
         require(len(parts) == 2, "system", name, "static:PREFILL,DECODE")
         given = Shares(*map(float, parts))
     return System(name, kind, "spf" if plus else "fcfs", given)
+
+
+def run_at(system: System, setup: Setup, workload: Workload, rate: float) -> Outcome:
+    """
+    Args:
+      rate: requests per second and device.
+    """
+    return run(workload.at(rate * system.num_devices), build(system, setup, workload))
 
 
 def build(system: System, setup: Setup, workload: Workload) -> Build:

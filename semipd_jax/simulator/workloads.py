@@ -12,7 +12,6 @@ from typing import Final
 
 import numpy as np
 
-from semipd_jax.config import require
 from semipd_jax.simulator.arrivals import poisson
 from semipd_jax.simulator.traces import HASH_BLOCK_TOKENS, TraceRow, clip
 
@@ -46,11 +45,13 @@ class Workload:
     """Requests in the order of arrival; rates are changed by stretching time.
 
     Attributes:
+      hash_block_len: prompt tokens of each hash of a row.
       rate: requests per second as they are.
     """
 
     name: str
     rows: tuple[TraceRow, ...]
+    hash_block_len: int = HASH_BLOCK_TOKENS
 
     @property
     def rate(self) -> float:
@@ -59,24 +60,24 @@ class Workload:
     def at(self, rate: float) -> "Workload":
         factor = self.rate / rate
         rows = (replace(row, arrival_s=row.arrival_s * factor) for row in self.rows)
-        return Workload(self.name, tuple(rows))
+        return replace(self, rows=tuple(rows))
 
 
-def synthetic(name: str, *, num_requests: int, max_len: int, seed: int) -> Workload:
-    """A Poisson load of 1 request per second."""
-    require(name in SYNTHETIC, "workload", name, ", ".join(SYNTHETIC))
-    return _drawn(name, [SYNTHETIC[name]] * num_requests, max_len, seed)
+def flipping(num_requests: int, every: int) -> list[Lengths]:
+    """ShareGPT-like lengths for so many requests, then LongBench-like ones, and back."""
+    return [(SHAREGPT, LONGBENCH)[i // every % 2] for i in range(num_requests)]
 
 
-def flipping(*, num_requests: int, num_flips: int, max_len: int, seed: int) -> Workload:
-    """A Poisson load that turns from ShareGPT-like to LongBench-like lengths and back."""
-    part = max(1, num_requests // (num_flips + 1))
-    kinds = [(SHAREGPT, LONGBENCH)[i // part % 2] for i in range(num_requests)]
-    return _drawn("flipping", kinds, max_len, seed)
-
-
-def traced(name: str, rows: Sequence[TraceRow], *, max_len: int) -> Workload:
-    clipped, _ = clip(list(rows), max_len)
+def drawn(name: str, lengths: Sequence[Lengths], *, max_len: int, seed: int) -> Workload:
+    """A Poisson load of 1 request per second, one for each of these."""
+    arrivals = poisson(len(lengths), rate=1.0, burstiness=1.0, seed=seed)
+    rng = np.random.default_rng((seed, 1))
+    values = {kind: kind.draw(len(lengths), rng) for kind in dict.fromkeys(lengths)}
+    rows = [
+        TraceRow(arrival_s=at, input_len=values[kind][i][0], output_len=values[kind][i][1])
+        for i, (at, kind) in enumerate(zip(arrivals, lengths, strict=True))
+    ]
+    clipped, _ = clip(rows, max_len)
     return Workload(name, tuple(clipped))
 
 
@@ -86,31 +87,22 @@ class Prompts:
     Blocks are slices of one list, so that a prompt costs no more than its references.
     """
 
-    def __init__(self, rows: Sequence[TraceRow]) -> None:
+    def __init__(self, workload: Workload) -> None:
+        rows = workload.rows
         longest = max(row.input_len for row in rows)
         blocks = max((max(row.hash_ids, default=0) for row in rows), default=0) + 1
+        self._block_len = workload.hash_block_len
         self._first_own = blocks
-        self._ids = list(range(blocks + len(rows) + max(longest, HASH_BLOCK_TOKENS)))
+        self._ids = list(range(blocks + len(rows) + max(longest, self._block_len)))
 
     def of(self, number: int, row: TraceRow) -> tuple[int, ...]:
         """Of the request with this position in the load."""
         ids: list[int] = []
         for hash_id in row.hash_ids:
-            ids += self._ids[hash_id : hash_id + HASH_BLOCK_TOKENS]
+            ids += self._ids[hash_id : hash_id + self._block_len]
         own = self._first_own + number
         ids += self._ids[own : own + max(0, row.input_len - len(ids))]
         return tuple(ids[: row.input_len])
-
-
-def _drawn(name: str, kinds: Sequence[Lengths], max_len: int, seed: int) -> Workload:
-    arrivals = poisson(len(kinds), rate=1.0, burstiness=1.0, seed=seed)
-    rng = np.random.default_rng((seed, 1))
-    lengths = {kind: kind.draw(len(kinds), rng) for kind in dict.fromkeys(kinds)}
-    rows = [
-        TraceRow(arrival_s=at, input_len=lengths[kind][i][0], output_len=lengths[kind][i][1])
-        for i, (at, kind) in enumerate(zip(arrivals, kinds, strict=True))
-    ]
-    return traced(name, rows, max_len=max_len)
 
 
 def _log_normal(mean: float, spread: float, num: int, rng: np.random.Generator) -> list[int]:

@@ -1,5 +1,6 @@
 """Whole engines on virtual clocks. Small loads: these run the real scheduler step by step."""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,13 +9,12 @@ import pytest
 from semipd_jax import simulate
 from semipd_jax.config import POLICIES
 from semipd_jax.errors import ConfigError
-from semipd_jax.simulator import comparison, hardware, workloads
-from semipd_jax.simulator.goodput import goodput, run_at
+from semipd_jax.simulator import flags, hardware, workloads
 from semipd_jax.simulator.link import Link
 from semipd_jax.simulator.machine import Load
 from semipd_jax.simulator.platform import Platform, modelled
 from semipd_jax.simulator.run import run
-from semipd_jax.simulator.systems import Setup, build, parse
+from semipd_jax.simulator.systems import Setup, build, parse, run_at
 from semipd_jax.simulator.targets import multiple_of_alone
 from semipd_jax.simulator.traces import TraceRow
 from semipd_jax.simulator.workloads import Workload
@@ -60,6 +60,10 @@ def load(*rows: tuple[float, int, int]) -> Workload:
         "by hand",
         tuple(TraceRow(arrival_s=at, input_len=n, output_len=m) for at, n, m in rows),
     )
+
+
+def drawn(lengths, max_len=8192) -> Workload:
+    return workloads.drawn("drawn", lengths, max_len=max_len, seed=0)
 
 
 def simulated(name: str, workload: Workload, platform: Platform | None = None, **setup):
@@ -167,20 +171,20 @@ def test_attainment_needs_both_targets():
 
 
 def test_lengths_have_the_published_means():
-    rows = workloads.synthetic("longbench", num_requests=20_000, max_len=100_000, seed=0).rows
+    rows = drawn([workloads.LONGBENCH] * 20_000, max_len=100_000).rows
     assert np.mean([r.input_len for r in rows]) == pytest.approx(1738.3, rel=0.03)
     assert np.mean([r.output_len for r in rows]) == pytest.approx(90.7, rel=0.03)
 
 
 def test_a_rate_stretches_time_only():
-    workload = workloads.synthetic("sharegpt", num_requests=50, max_len=4096, seed=0)
+    workload = drawn([workloads.SHAREGPT] * 50)
     faster = workload.at(4.0)
     assert faster.rate == pytest.approx(4.0)
     assert [r.input_len for r in faster.rows] == [r.input_len for r in workload.rows]
 
 
 def test_the_flipping_load_flips():
-    rows = workloads.flipping(num_requests=3000, num_flips=2, max_len=8192, seed=0).rows
+    rows = drawn(workloads.flipping(3000, 1000)).rows
     means = [np.mean([r.input_len for r in rows[i : i + 1000]]) for i in (0, 1000, 2000)]
     assert means[1] > 1.5 * max(means[0], means[2])
 
@@ -190,48 +194,19 @@ def test_targets_are_multiples_of_a_request_alone():
     assert (target.ttft_ms, target.tpot_ms) == (pytest.approx(1500.0), pytest.approx(75.0))
 
 
-# ------------------------------------------------------------ goodput
-
-
-def test_goodput_is_the_rate_where_attainment_is_lost():
-    """Prompts of 100 tokens take 100 ms: no more than ten a second."""
-    rows = load(*[(float(i), 100, 1) for i in range(100)])
-    setup = Setup(platform=by_hand(), targets=TARGETS, noise=0.0)
-    found = goodput(parse("static:1,1"), setup, rows, start_rate=1.0)
-    assert found.attainment >= 0.9
-    at_rate = {
-        rate: run_at(parse("static:1,1"), setup, rows, rate).attainment(TARGETS.default)
-        for rate in (found.rate, found.rate * 1.03)
-    }
-    assert at_rate[found.rate] >= 0.9 > at_rate[found.rate * 1.03]
-    # A little more for a while: nine of ten wait for less than 50 ms at 10.06 a second.
-    assert 10.06 / 1.02 <= found.rate <= 10.07
-
-
-def test_goodput_counts_devices():
-    """Two devices share the load, so the rate for each is half of what they serve."""
-    rows = load(*[(float(i), 100, 1) for i in range(100)])
-    setup = Setup(platform=by_hand(), targets=TARGETS, noise=0.0)
-    found = goodput(parse("disaggregated"), setup, rows, start_rate=1.0)
-    assert 5.03 / 1.02 <= found.rate <= 5.04
-
-
-def test_out_of_reach_is_zero():
-    setup = Setup(platform=by_hand(), targets=SloTargets(SloTarget(ttft_ms=1.0)), noise=0.0)
-    rows = load((0.0, 100, 1), (1.0, 100, 1))
-    assert goodput(parse("colocated"), setup, rows, start_rate=1.0).rate == 0.0
+# ------------------------------------------------------------ policies
 
 
 def test_predictive_shortest_first_beats_full_shares_on_a_modelled_h100():
-    workload = workloads.synthetic("longbench", num_requests=120, max_len=8192, seed=0)
+    workload = drawn([workloads.LONGBENCH] * 80)
     platform = h100()
     target = multiple_of_alone(platform.machine, workload, 7.5)
     setup = Setup(platform=platform, targets=SloTargets(target))
     compared = {
         name: run_at(parse(name), setup, workload, 20.0).attainment(target)
-        for name in ("static:1,1", comparison.OURS)
+        for name in ("static:1,1", "predictive+spf")
     }
-    assert compared[comparison.OURS] > compared["static:1,1"]
+    assert compared["predictive+spf"] > compared["static:1,1"]
 
 
 # ------------------------------------------------------------ names and the command
@@ -245,8 +220,9 @@ def test_unknown_systems_are_refused(name):
 
 def test_command_prints_that_times_are_modelled(tmp_path, capsys):
     out = tmp_path / "out.json"
-    flags = ["--num-requests", "20", "--rate", "5", "--systems", "colocated static:1,0.4"]
-    assert simulate.main(["run", *flags, "--json", str(out)]) == 0
+    given = ["--num-requests", "20", "--rate", "5", "--systems", "colocated static:1,0.4"]
+    given += ["--length-scale", "0.1"]
+    assert simulate.main([*given, "--json", str(out)]) == 0
     assert "MODELLED, not measured: NVIDIA H100" in capsys.readouterr().out
     result = json.loads(out.read_text())
     assert result["source"] == "modelled"
@@ -254,33 +230,23 @@ def test_command_prints_that_times_are_modelled(tmp_path, capsys):
     assert result["systems"]["colocated"]["num_failed"] == 0
 
 
-def test_comparison_has_the_papers_ratios_beside_ours():
-    rows = load(*[(float(i), 100, 1 + i % 2) for i in range(30)])
-    setup = Setup(platform=by_hand(), targets=TARGETS, noise=0.0, ladder=(1.0,))
-    names = ["disaggregated", "static:1,1", "semi-pd", comparison.OURS]
-    told: list[str] = []
-    found = comparison.compare(names, setup, rows, start_rate=8.0, progress=told.append)
-    assert [line.split(":", 1)[1].split()[0] for line in told[:4]] == names
-    assert found.better_statics == (), "where nothing interferes, ours is as good as any"
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in comparison.ratio_table([found]).splitlines()
-    ]
-    assert cells[0] == ["ratio", "paper", "by hand"]
-    assert ["semi-pd / disaggregated", "1.62"] in [row[:2] for row in cells]
-    semi_pd, full = (found.goodputs[name].rate for name in ("semi-pd", "static:1,1"))
-    assert ["semi-pd / static:1,1", "1.11", f"{semi_pd / full:.2f}"] in cells
-
-
-def test_static_pairs_that_do_better_are_named():
-    rows = load(*[(float(i), 100, 1) for i in range(30)])
-    setup = Setup(platform=by_hand(), targets=TARGETS, noise=0.0, ladder=(0.5, 1.0))
-    assert len(comparison.better_statics(setup, rows, 5.0)) == 2 * 2 * 2
-    assert comparison.better_statics(setup, rows, 50.0) == ()
+def test_seeds_take_parts_of_a_trace(tmp_path):
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:00:{i:02d}.5,{100 + i},{i + 1}" for i in range(5)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    parser = argparse.ArgumentParser()
+    flags.add_load(parser)
+    args = parser.parse_args(["--num-requests", "2"])
+    parts = [flags.workload_of(args, str(trace), seed) for seed in range(3)]
+    lengths = [[row.input_len for row in part.rows] for part in parts]
+    assert lengths == [[100, 101], [102, 103], [104]]
+    assert [part.rows[0].arrival_s for part in parts] == [0.0, 0.0, 0.0]
+    with pytest.raises(ConfigError, match="seed is 3"):
+        flags.workload_of(args, str(trace), 3)
 
 
 def test_bad_flags_are_explained(capsys):
-    assert simulate.main(["run", "--systems", "best"]) == 2
+    assert simulate.main(["--systems", "best"]) == 2
     assert "system is 'best'; allowed: static" in capsys.readouterr().err
-    assert simulate.main(["goodput", "--hardware", "h300"]) == 2
+    assert simulate.main(["--hardware", "h300"]) == 2
     assert "h100-llama-3-8b" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""Goodput: the highest rate at which enough requests meet both targets, for each mode and policy.
+
+    python -m benchmarks.goodput --workload sharegpt --workload conv.csv --out DIR
+    python -m benchmarks.goodput --model DIR --slo-ttft-ms 2000 --slo-tpot-ms 150 --out DIR
+    python -m benchmarks.goodput --from DIR/goodput.json --from OTHER/goodput.json --out DIR
+
+Systems are simulated; with `--model` each of them is a server that is started with its flags, and
+flags after `--` are for all of them. `--from` measures nothing and draws what was found before.
+Every system gets the same requests; repetitions take other ones. Failed requests are misses.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import common
+from benchmarks.goodput.results import result_of
+from benchmarks.goodput.search import take_turns
+from benchmarks.goodput.simulated import Simulated
+from benchmarks.goodput.statics import better_statics
+from benchmarks.goodput.tables import OURS, markdown
+from semipd_jax.errors import ConfigError
+from semipd_jax.simulator import flags, report
+from semipd_jax.simulator.systems import parse
+
+_SYSTEMS: Final = (
+    "disaggregated colocated chunked static:1,1 static:0.8,1 semi-pd semi-pd-replan predictive "
+    "static:1,1+spf predictive+spf"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    try:
+        if args.saved:
+            result = _merged(args.saved)
+        else:
+            loads = [_simulated(args, name) for name in args.workload or ["sharegpt"]]
+            result = common.header(vars(args)) | {"loads": loads}
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"benchmarks.goodput: {error}", file=sys.stderr)
+        return 2
+    text = markdown(result["loads"])
+    print(text)
+    if args.out is not None:
+        _write(args.out, result, text, draws=args.plots)
+    return 0
+
+
+def _simulated(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Targets are those of the first seed's requests."""
+    workload = flags.workload_of(args, name, args.seed)
+    setup = flags.setup_of(args, workload)
+    subjects = [
+        Simulated(parse(system), setup, lambda seed: flags.workload_of(args, name, seed))
+        for system in args.systems
+    ]
+    seeds = range(args.seed, args.seed + args.repeat)
+    found = take_turns(
+        subjects,
+        setup.targets,
+        seeds,
+        start_rate=args.start_rate,
+        precision=args.precision,
+        progress=lambda text: _progress(f"{workload.name}: {text}"),
+    )
+    result = report.header(setup.platform, workload, setup.targets)
+    result["systems"] = {name: result_of(each, setup.targets) for name, each in found.items()}
+    if args.check_statics and OURS in found:
+        rates = {one.seed: one.rate for one in found[OURS]}
+        result["better_statics"] = better_statics(subjects[0], rates)
+    return result
+
+
+def _merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """One result of several: loads in the order of the files, later ones of a name win."""
+    results = [json.loads(path.read_text()) for path in paths]
+    loads = {load["workload"]: load for result in results for load in result["loads"]}
+    return results[0] | {"loads": list(loads.values())}
+
+
+def _write(out: Path, result: dict[str, Any], text: str, *, draws: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    common.write_json(out / "goodput.json", result)
+    (out / "goodput.md").write_text(text)
+    if draws:
+        from benchmarks.goodput.plots import draw
+
+        for load in result["loads"]:
+            draw(load, out)
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.goodput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--systems", type=str.split, default=_SYSTEMS, help="names, between spaces")
+    add("--workload", action="append", help=f"{flags.load_names()}; may be repeated")
+    add("--repeat", type=int, default=3, help="searches of each system, with a seed each [3]")
+    add("--start-rate", type=float, default=4.0, help="requests/s, where the first one starts [4]")
+    add("--precision", type=float, default=0.02, help="of the rate, relative [0.02]")
+    add("--check-statics", action="store_true", help="look for static shares that do better")
+    add("--out", type=Path, help="folder for goodput.json, goodput.md and plots")
+    add("--no-plots", dest="plots", action="store_false", help="do not draw")
+    add("--from", dest="saved", type=Path, action="append", help="a goodput.json to draw again")
+    flags.add_load(parser)
+    flags.add_platform(parser)
+    flags.add_engine(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Goodput and ratios as markdown, with the ratios of semi-PD's paper beside ours."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from benchmarks.goodput.bootstrap import ratio_interval
+from benchmarks.goodput.results import rates_by_seed
+from semipd_jax.simulator.report import heading, table
+
+FULL_STATIC: Final = "static:1,1"
+OURS: Final = "predictive+spf"
+PAPER_RATIOS: Final[Mapping[str, float]] = {
+    "colocated": 1.72,
+    "disaggregated": 1.62,
+    "chunked": 1.55,
+    FULL_STATIC: 1.11,
+}
+"""semi-PD's goodput over that of the system (arXiv 2504.19867, figure 15)."""
+_ABOVE: Final = ("semi-pd", "predictive", OURS)
+
+type Loads = Sequence[Mapping[str, Any]]
+"""One result for each load: what it is of, and `systems`, name → `results.result_of`."""
+
+
+def markdown(loads: Loads) -> str:
+    parts = [f"{heading(load)}\n" for load in loads]
+    parts += ["Goodput, requests per second and device (95 % interval):\n", goodputs(loads), ""]
+    if ratio_rows := ratios(loads):
+        parts += ["Ratios of goodput (95 % interval):\n", ratio_rows, ""]
+    for load in loads:
+        better = load.get("better_statics")
+        if better is not None:
+            names = ", ".join(better) or "none"
+            parts.append(f"{load['workload']}: static pairs over 2 % better than {OURS}: {names}")
+    return "\n".join(parts) + "\n"
+
+
+def goodputs(loads: Loads) -> str:
+    names = list(dict.fromkeys(name for load in loads for name in load["systems"]))
+    rows = [[name, *(_goodput(load["systems"].get(name)) for load in loads)] for name in names]
+    return table(["system", *(load["workload"] for load in loads)], rows)
+
+
+def ratios(loads: Loads) -> str:
+    """Empty if nothing can be compared."""
+    rows: list[list[str]] = []
+    for above in _ABOVE:
+        for below, paper in PAPER_RATIOS.items():
+            cells = [_ratio(load["systems"], above, below) for load in loads]
+            if any(cell != "-" for cell in cells):
+                rows.append([f"{above} / {below}", f"{paper:.2f}", *cells])
+    return table(["ratio", "paper", *(load["workload"] for load in loads)], rows) if rows else ""
+
+
+def _goodput(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return "-"
+    low, high = result["interval"]
+    return f"{result['goodput']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _ratio(systems: Mapping[str, Any], above: str, below: str) -> str:
+    if not {above, below} <= systems.keys() or not systems[below]["goodput"]:
+        return "-"
+    ratio = systems[above]["goodput"] / systems[below]["goodput"]
+    low, high = ratio_interval(*(rates_by_seed(systems[name]) for name in (above, below)))
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"

@@ -1,0 +1,134 @@
+"""Command-line flags that describe a load, a device and the engines to compare on it."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from semipd_jax.config import require
+from semipd_jax.simulator import hardware, platform, traces, workloads
+from semipd_jax.simulator.platform import Platform
+from semipd_jax.simulator.systems import Setup
+from semipd_jax.simulator.targets import TIGHT, multiple_of_alone
+from semipd_jax.simulator.traces import TraceRow
+from semipd_jax.simulator.workloads import Workload
+from semipd_jax.tuner import profile
+from semipd_jax.tuner.policy import DEFAULT_LADDER, check_ladder
+from semipd_jax.tuner.slo import SloTargets
+
+FLIPPING: Final = "flipping"
+_KNOWN: Final = (*workloads.SYNTHETIC, FLIPPING)
+_SYNTHETIC_MAX_LEN: Final = 8192
+_TRACE_MAX_LEN: Final = 131072
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("load").add_argument
+    add("--num-requests", type=int, default=2000, help="of a load, or of each part of a trace")
+    add("--flip-every", type=int, default=1200, help="requests between flips of the flipping load")
+    add("--max-len", type=int, help="longer requests are cut")
+    add("--length-scale", type=float, default=1.0, help="factor of all lengths")
+    add("--slo-ttft-ms", type=float, help="target [--slo-factor times a request alone]")
+    add("--slo-tpot-ms", type=float, help="target [--slo-factor times a request alone]")
+    add("--slo-factor", type=float, default=TIGHT, help="of modelled targets that are not given")
+    add("--slo-target", type=float, default=0.9, help="share of requests that should meet both")
+    add("--seed", type=int, default=0, help="of what is drawn; of a trace, which part is taken")
+
+
+def load_names() -> str:
+    return f"{', '.join(_KNOWN)}, or a trace (.csv, .jsonl)"
+
+
+def add_platform(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("simulated device").add_argument
+    known = ", ".join(hardware.shipped())
+    add("--hardware", default="h100-llama-3-8b", help=f"{known}, or a file; modelled")
+    add(
+        "--sharing",
+        choices=("normalised", "conserving"),
+        default="conserving",
+        help="what becomes of modelled shares that do not fit: two bounds",
+    )
+    add("--profile", type=Path, help="a latency profile, instead of --hardware")
+    add("--kv-tokens", type=int, help="with --profile: size of the pool")
+    add("--block-size", type=int, default=16, help="with --profile: tokens per page")
+    add("--hop-ms", type=float, default=1.0, help="with --profile: from a reply to the next step")
+    add("--noise", type=float, default=0.03, help="standard deviation of log step times")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("simulated engines").add_argument
+    add("--ladder", type=_ladder, default=",".join(map(str, DEFAULT_LADDER)), help="of shares")
+    add("--prefill-tokens", type=int, default=2048, help="chunk budget of semi-PD's prefill")
+    add("--colocated-tokens", type=int, default=8192, help="of prefill steps without chunking")
+    add("--chunk-tokens", type=int, default=1024, help="of chunked steps")
+    add("--max-num-seqs", type=int, default=512, help="requests that run at once")
+
+
+def workload_of(args: argparse.Namespace, name: str, seed: int) -> Workload:
+    """The load of this name. `seed` is that of what is drawn, and the number of the part of a
+    trace, of so many requests each."""
+    if name in _KNOWN:
+        max_len = args.max_len or _SYNTHETIC_MAX_LEN
+        rows = workloads.drawn(name, _lengths(args, name), max_len=max_len, seed=seed).rows
+    else:
+        path = Path(name)
+        require(path.is_file(), "workload", name, load_names())
+        rows, _ = traces.clip(_part(path, args.num_requests, seed), args.max_len or _TRACE_MAX_LEN)
+        name = path.stem
+    scaled = traces.scale(list(rows), time_scale=1.0, length_scale=args.length_scale)
+    return Workload(name, tuple(scaled), traces.hash_block_len(args.length_scale))
+
+
+def _part(path: Path, num_requests: int, number: int) -> list[TraceRow]:
+    all_rows = traces.read_trace(path)
+    rows = all_rows[number * num_requests :][:num_requests]
+    has_some = f"parts of {num_requests} requests, of {len(all_rows)} in {path}, from 0 on"
+    require(bool(rows), "seed", number, has_some)
+    return [replace(row, arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows]
+
+
+def _lengths(args: argparse.Namespace, name: str) -> Sequence[workloads.Lengths]:
+    num = args.num_requests
+    if name == FLIPPING:
+        return workloads.flipping(num, args.flip_every)
+    return [workloads.SYNTHETIC[name]] * num
+
+
+def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
+    """Targets that are not given follow from the load."""
+    device = _platform(args)
+    check_ladder(args.ladder)
+    target = multiple_of_alone(device.machine, workload, args.slo_factor)
+    if args.slo_ttft_ms is not None:
+        target = replace(target, ttft_ms=args.slo_ttft_ms)
+    if args.slo_tpot_ms is not None:
+        target = replace(target, tpot_ms=args.slo_tpot_ms)
+    return Setup(
+        platform=device,
+        targets=SloTargets(target, attainment=args.slo_target),
+        ladder=args.ladder,
+        prefill_tokens=args.prefill_tokens,
+        colocated_tokens=args.colocated_tokens,
+        chunk_tokens=args.chunk_tokens,
+        max_rows=args.max_num_seqs,
+        noise=args.noise,
+        seed=args.seed,
+    )
+
+
+def _platform(args: argparse.Namespace) -> Platform:
+    if args.profile is None:
+        return platform.modelled(hardware.read(args.hardware), args.sharing)
+    require(args.kv_tokens is not None, "kv_tokens", None, "a number of tokens, with --profile")
+    return platform.profiled(
+        profile.from_json(args.profile.read_bytes()),
+        kv_tokens=args.kv_tokens,
+        page_size=args.block_size,
+        hop_s=args.hop_ms / 1e3,
+    )
+
+
+def _ladder(text: str) -> tuple[float, ...]:
+    return tuple(float(share) for share in text.split(","))

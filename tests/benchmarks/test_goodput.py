@@ -1,0 +1,175 @@
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.goodput.__main__ import main
+from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
+from benchmarks.goodput.results import result_of
+from benchmarks.goodput.search import LEAST_RATE, highest, take_turns
+from benchmarks.goodput.tables import goodputs, ratios
+from semipd_jax.simulator.run import Outcome
+from semipd_jax.tuner.slo import SloTarget, SloTargets
+
+TARGETS = SloTargets(SloTarget(ttft_ms=100.0, tpot_ms=50.0))
+
+
+def outcome(ttft_s: float, shares=None, num: int = 10, num_failed: int = 0) -> Outcome:
+    served = np.arange(num) >= num_failed
+    times = np.where(served, ttft_s, np.nan)
+    return Outcome(times, times / 10, 2 * times, served, 10.0, {}, shares or {})
+
+
+@dataclass
+class Saturates:
+    """In time up to a rate, which may depend on the seed."""
+
+    name: str
+    limit: float
+    log: list
+
+    @contextmanager
+    def running(self, seed):
+        self.log.append((self.name, seed))
+        yield lambda rate: outcome(0.05 if rate <= self.limit + seed else 0.5)
+
+
+# ------------------------------------------------------------ search
+
+
+@given(st.floats(0.02, 500.0), st.floats(0.1, 100.0), st.floats(0.005, 0.2))
+def test_the_search_finds_where_a_rate_no_longer_holds(limit, start, precision):
+    found = highest(lambda rate: rate <= limit, start, precision)
+    assert found <= limit < found * (1 + precision) * (1 + 1e-9)
+
+
+def test_a_rate_that_never_holds_is_zero():
+    tried = []
+    assert highest(lambda rate: bool(tried.append(rate)), 4.0, 0.02) == 0.0
+    assert LEAST_RATE <= min(tried) < LEAST_RATE * 1.5
+
+
+def test_a_load_that_bears_any_rate_is_refused():
+    with pytest.raises(ValueError, match="too short"):
+        highest(lambda rate: True, 4.0, 0.02)
+
+
+def test_subjects_take_turns_seed_after_seed():
+    log, told = [], []
+    subjects = [Saturates("a", 5.0, log), Saturates("b", 10.0, log)]
+    found = take_turns(
+        subjects, TARGETS, [0, 1], start_rate=2.0, precision=0.01, progress=told.append
+    )
+    assert log == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [one.rate for one in found["a"]] == pytest.approx([5.0, 6.0], rel=0.01)
+    assert [one.rate for one in found["b"]] == pytest.approx([10.0, 11.0], rel=0.01)
+    assert len(told) == 4
+
+
+def test_failed_requests_are_misses():
+    @contextmanager
+    def running(seed):
+        yield lambda rate: outcome(0.05, num_failed=2 if rate > 3 else 1)
+
+    subject = type("Fails", (), {"name": "fails", "running": staticmethod(running)})()
+    found = take_turns(
+        [subject], TARGETS, [0], start_rate=1.0, precision=0.01, progress=lambda _: None
+    )
+    assert found["fails"][0].rate == pytest.approx(3.0, rel=0.01)
+
+
+# ------------------------------------------------------------ intervals
+
+
+@given(st.lists(st.floats(0.1, 100.0), min_size=1, max_size=6))
+def test_intervals_lie_between_the_seeds_and_hold_the_mean(values):
+    low, high = mean_interval(values)
+    slack = 1e-9 * max(values)
+    assert min(values) - slack <= low <= np.mean(values) + slack
+    assert np.mean(values) - slack <= high <= max(values) + slack
+
+
+def test_ratios_are_of_pairs():
+    """Seeds that are easy for one are easy for the other: their ratio is known exactly."""
+    below = [1.0, 5.0, 20.0]
+    assert ratio_interval([2 * v for v in below], below) == pytest.approx((2.0, 2.0))
+    assert ratio_interval([1.0], [0.0]) == (np.inf, np.inf)
+
+
+# ------------------------------------------------------------ results
+
+
+def test_shares_over_time_are_means_over_parts_of_the_run():
+    shares = {"prefill": [(0.0, 1.0), (5.0, 0.5)], "decode": [(2.5, 0.2)]}
+    log = []
+    subject = Saturates("a", 5.0, log)
+    found = take_turns(
+        [subject], TARGETS, [0], start_rate=2.0, precision=0.5, progress=lambda _: None
+    )
+    one = found["a"][0]
+    one.trials[one.rate] = outcome(0.05, shares)
+    over_time = result_of([one], TARGETS)["shares"]
+    ends, prefill = over_time["ends_s"], over_time["prefill"]
+    assert ends[-1] == 10.0
+    assert [prefill[i] for i, end in enumerate(ends) if end <= 5.0][-1] == 1.0
+    assert np.mean(prefill) == pytest.approx(0.75)
+    assert set(over_time["decode"]) == {0.2}
+
+
+def load(**goodput: list[float]) -> dict:
+    return {
+        "workload": "w",
+        "systems": {
+            name.replace("static", "static:1,1"): {
+                "goodput": sum(rates) / len(rates),
+                "interval": [min(rates), max(rates)],
+                "seeds": [{"goodput": rate} for rate in rates],
+            }
+            for name, rates in goodput.items()
+        },
+    }
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_tables_have_the_papers_ratios_beside_ours():
+    loads = [load(static=[4.0, 6.0], predictive=[6.0, 9.0]), load(predictive=[1.0])]
+    assert cells(goodputs(loads))[2:] == [
+        ["static:1,1", "5.00 (4.00-6.00)", "-"],
+        ["predictive", "7.50 (6.00-9.00)", "1.00 (1.00-1.00)"],
+    ]
+    assert cells(ratios(loads))[2:] == [
+        ["predictive / static:1,1", "1.11", "1.50 (1.50-1.50)", "-"]
+    ]
+
+
+def test_command_measures_draws_and_draws_again(tmp_path, capsys):
+    given = ["--num-requests", "40", "--repeat", "1", "--precision", "0.5", "--ladder", "0.5,1.0"]
+    given += ["--length-scale", "0.05"]
+    systems = ["--systems", "static:1,1 predictive+spf", "--check-statics"]
+    assert main([*given, *systems, "--out", str(tmp_path / "a")]) == 0
+    assert "MODELLED, not measured: NVIDIA H100" in capsys.readouterr().out
+    result = json.loads((tmp_path / "a/goodput.json").read_text())
+    (measured,) = result["loads"]
+    assert measured["systems"].keys() == {"static:1,1", "predictive+spf"}
+    for name in ("attainment", "latency", "shares"):
+        for suffix in ("png", "svg"):
+            assert (tmp_path / f"a/sharegpt-{name}.{suffix}").stat().st_size > 1000
+    assert main(["--from", str(tmp_path / "a/goodput.json"), "--out", str(tmp_path / "b")]) == 0
+    for name in ("goodput.md", "sharegpt-latency.svg"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_bad_flags_are_explained(capsys):
+    assert main(["--systems", "best"]) == 2
+    assert "system is 'best'; allowed: static" in capsys.readouterr().err
+    assert main(["--workload", "nothing"]) == 2
+    assert (
+        "workload is 'nothing'; allowed: sharegpt, longbench, flipping" in capsys.readouterr().err
+    )
