@@ -135,7 +135,7 @@ def _engine(num_streams: int) -> Iterator[Launcher]:
 
 
 async def _repeat(address: str, run_dir: str, args: argparse.Namespace) -> list[Run]:
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retries=0) as client:
         await _run(client, run_dir, args)  # warm-up
         return [await _run(client, run_dir, args) for _ in range(args.repeat)]
 

@@ -51,7 +51,7 @@ async def _measure(
 ) -> dict[str, Any]:
     result = common.header(vars(args)) | {"model": model.name, "dtype": model.dtype}
     plan = _plan(args, model)
-    async with AsyncClient(target) as client:
+    async with AsyncClient(target, retries=0) as client:
         send = sender(client)
         if args.baseline is None:
             return result | await _load(args, plan, send)

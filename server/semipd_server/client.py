@@ -9,6 +9,7 @@
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Generator, Sequence
@@ -26,12 +27,8 @@ from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.settings import KEY_VARIABLE
 from semipd_server.status import error_from
 
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-)
-
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_RETRIES: Final = 2
 _UNARY_TIMEOUT_S: Final = 60.0
 
 
@@ -41,6 +38,8 @@ class Client:
     Args:
       api_key: one that the server accepts.
       credentials: for TLS; see `grpc.ssl_channel_credentials`.
+      retries: of a call that the server could not take (UNAVAILABLE: nothing was generated), at
+        most 5. A call that was answered in part is never repeated.
 
     Every method raises the `semipd_jax.errors` that the server meant, TimeoutError after
     `timeout_s`, and grpc.RpcError for anything else.
@@ -52,12 +51,14 @@ class Client:
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        retries: int = _RETRIES,
     ) -> None:
         self._metadata = _metadata(api_key)
+        options = _options(retries)
         self._channel = (
-            grpc.insecure_channel(target, _OPTIONS)
+            grpc.insecure_channel(target, options)
             if credentials is None
-            else grpc.secure_channel(target, credentials, _OPTIONS)
+            else grpc.secure_channel(target, credentials, options)
         )
         self._stub: Any = pb_grpc.InferenceServiceStub(self._channel)
 
@@ -137,12 +138,14 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        retries: int = _RETRIES,
     ) -> None:
         self._metadata = _metadata(api_key)
+        options = _options(retries)
         self._channel = (
-            grpc.aio.insecure_channel(target, _OPTIONS)
+            grpc.aio.insecure_channel(target, options)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, _OPTIONS)
+            else grpc.aio.secure_channel(target, credentials, options)
         )
         self._stub: Any = pb_grpc.InferenceServiceStub(self._channel)
 
@@ -207,6 +210,25 @@ class AsyncClient:
             return await method(request, timeout=_UNARY_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from(error) from error
+
+
+def _options(retries: int) -> tuple[tuple[str, Any], ...]:
+    """Of a channel. gRPC itself repeats a call, and only until the server's first word."""
+    method: dict[str, Any] = {"name": [{"service": _SERVICE}]}
+    if retries:
+        method["retryPolicy"] = {
+            "maxAttempts": retries + 1,
+            "initialBackoff": "0.2s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 3,
+            "retryableStatusCodes": ["UNAVAILABLE"],
+        }
+    return (
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.service_config", json.dumps({"methodConfig": [method]})),
+    )
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -8,6 +8,7 @@ from typing import Final
 
 from semipd_jax.client import EngineClient
 from semipd_jax.errors import UnavailableError
+from semipd_server.calls import Calls
 from semipd_server.pb import inference_pb2 as pb
 
 STARTING: Final = "the engine is starting"
@@ -28,10 +29,12 @@ class Gate:
 
     Attributes:
       waiting_for: parts of the engine that are not ready, and how far they are.
+      calls: gRPC calls, counted.
     """
 
     def __init__(self) -> None:
         self.waiting_for: tuple[str, ...] = ()
+        self.calls = Calls()
         self._engine: Engine | None = None
         self._refusal = STARTING
         self._num_inside = 0

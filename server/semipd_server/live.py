@@ -15,6 +15,7 @@ import msgspec
 from semipd_jax.client.observations import Observations
 from semipd_jax.errors import UnavailableError
 from semipd_jax.messages import Percentiles, PhaseShares, Stats
+from semipd_server.control_convert import pages_by_state
 from semipd_server.gate import Gate
 
 _STATS_TIMEOUT_S: Final = 2.0
@@ -162,7 +163,7 @@ def _engine(samples: list[_Sample]) -> Engine:
             recent.window_s, recent.num_ended, recent.num_met, partition.slo_target
         ),
         rates=_rates(samples),
-        pages=_pages(stats),
+        pages=pages_by_state(stats),
         counts={
             "preemptions": stats.num_preemptions,
             "compiles_after_warmup": stats.num_compiles,
@@ -182,16 +183,6 @@ def _latency(seconds: Percentiles | None, slo_ms: float | None) -> Latency:
     if seconds is None:
         return Latency(None, None, None, slo_ms)
     return Latency(1e3 * seconds.p50, 1e3 * seconds.p90, 1e3 * seconds.p99, slo_ms)
-
-
-def _pages(stats: Stats) -> dict[str, int]:
-    free, cached = stats.num_free_pages, stats.num_idle_cached_pages
-    return {
-        "used": stats.num_pages - free - stats.num_quarantined_pages,
-        "quarantined": stats.num_quarantined_pages,
-        "cached": cached,
-        "free": free - cached,
-    }
 
 
 def _rates(samples: list[_Sample]) -> dict[str, float]:

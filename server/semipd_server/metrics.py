@@ -24,6 +24,7 @@ from prometheus_client.utils import floatToGoString
 from semipd_jax.client.observations import Histogram, Observations
 from semipd_jax.errors import UnavailableError
 from semipd_jax.messages import MemoryLayout, Partition, Phase, PredictionError, Stats
+from semipd_server.calls import Calls
 from semipd_server.control_convert import pages_by_state
 from semipd_server.gate import Gate
 
@@ -105,6 +106,7 @@ class Metrics:
             GaugeMetricFamily(f"{self._prefix}:up", _UP, 1),
             *names.of_requests(client.observations),
             *names.of_engine(stats, client.layout),
+            *names.of_calls(self._gate.calls),
         ]
 
 
@@ -134,6 +136,15 @@ class _Names:
             yield self._by_word(name, text, label, getattr(seen, attribute))
         for name, text, attribute in _REQUEST_HISTOGRAMS:
             yield self._histogram(name, text, getattr(seen, attribute))
+
+    def of_calls(self, calls: Calls) -> Iterator[Metric]:
+        yield self._gauge("grpc_calls_running", "gRPC calls that have not ended", calls.num_running)
+        labels = (*_LABELS, "method", "status")
+        text = "gRPC calls that ended, by method and status"
+        family = CounterMetricFamily(f"{self._prefix}:grpc_calls", text, labels=labels)
+        for key, count in calls.ended.items():
+            family.add_metric((*self._labels, *key), count)
+        yield family
 
     def of_engine(self, stats: Stats, layout: MemoryLayout) -> Iterator[Metric]:
         for name, text, attribute in _ENGINE_GAUGES:

@@ -11,6 +11,7 @@ from semipd_jax.client.prompt import MAX_BYTES_PER_TOKEN
 from semipd_jax.errors import StartupError
 from semipd_server import control
 from semipd_server.auth import AuthInterceptor, Keys
+from semipd_server.calls import CallInterceptor
 from semipd_server.control import ControlServicer
 from semipd_server.gate import Gate
 from semipd_server.pb import control_pb2_grpc as control_grpc
@@ -43,7 +44,7 @@ class Server:
         self._settings = settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
-            interceptors=[AuthInterceptor(Keys(settings.api_keys))],
+            interceptors=[CallInterceptor(gate.calls), AuthInterceptor(Keys(settings.api_keys))],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes(max_model_len)),
                 ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed

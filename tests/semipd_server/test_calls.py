@@ -1,0 +1,110 @@
+"""Calls that are counted, and calls that are repeated."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from openai_rig import request, while_serving
+from server_rig import INFO, Rig, Start, read_all
+
+from semipd_jax.errors import RequestFailedError, UnavailableError
+from semipd_server.client import AsyncClient
+from semipd_server.gate import Engine
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.settings import Settings
+
+GENERATE = "/semipd.v1.InferenceService/Generate"
+
+
+def generate(rig: Rig, *, timeout: float | None = None, **sampling: Any) -> Any:
+    message = pb.GenerateRequest(text="Hi", sampling=pb.SamplingParams(**sampling))
+    return rig.stub.Generate(message, timeout=timeout)
+
+
+async def end(rig: Rig, call: Any, *, stepping: bool = True) -> None:
+    reading = asyncio.ensure_future(read_all(call))
+    await rig.fake.until(reading.done, stepping=stepping)
+    reading.exception()
+
+
+def ended(rig: Rig) -> Counter[tuple[str, str]]:
+    return rig.front_end.gate.calls.ended
+
+
+def test_calls_are_counted_by_how_they_end(start: Start):
+    async def main():
+        async with start() as rig:
+            await end(rig, generate(rig, max_tokens=2))
+            await end(rig, generate(rig, temperature=-1.0))
+            await end(rig, generate(rig, max_tokens=50, timeout=0.1), stepping=False)
+            call = generate(rig, max_tokens=50)
+            first = asyncio.ensure_future(call.read())
+            await rig.fake.until(first.done)
+            assert rig.front_end.gate.calls.num_running == 1
+            call.cancel()
+            await rig.fake.until(lambda: ended(rig)[GENERATE, "CANCELLED"] == 1, stepping=False)
+            health: Any = health_pb2_grpc.HealthStub(rig.channel)
+            await health.Check(health_pb2.HealthCheckRequest())
+            made_up = rig.channel.unary_unary("/made.up.Service/Method")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await made_up(b"")
+            assert ended(rig) == {
+                (GENERATE, "OK"): 1,
+                (GENERATE, "INVALID_ARGUMENT"): 1,
+                (GENERATE, "DEADLINE_EXCEEDED"): 1,
+                (GENERATE, "CANCELLED"): 1,
+                ("/grpc.health.v1.Health/Check", "OK"): 1,
+                ("unknown", "UNIMPLEMENTED"): 1,
+            }
+            assert rig.front_end.gate.calls.num_running == 0
+            text = (await request(rig, "GET", "/metrics")).text
+            assert 'method="/semipd.v1.InferenceService/Generate",model_name="tiny"' in text
+            assert "made.up" not in text
+
+    asyncio.run(main())
+
+
+def test_refused_calls_are_counted_too(start: Start):
+    async def main():
+        async with start(settings=Settings(port=0, http_port=0, api_keys=("k",))) as rig:
+            await end(rig, generate(rig))
+            assert ended(rig) == {(GENERATE, "UNAUTHENTICATED"): 1}
+
+    asyncio.run(main())
+
+
+def test_a_call_that_finds_no_engine_is_repeated_until_there_is_one(start: Start):
+    async def main():
+        async with start() as rig:
+            rig.front_end.gate.close("the engine is starting")
+            working = asyncio.ensure_future(rig.client.complete("Hi", max_tokens=2))
+            await rig.fake.until(lambda: ended(rig)[GENERATE, "UNAVAILABLE"] == 1)
+            rig.front_end.gate.open(Engine(rig.engine, INFO))
+            assert await while_serving(rig, working)
+            assert len(rig.fake.submitted) == 1
+
+    asyncio.run(main())
+
+
+def test_without_retries_a_call_fails_at_once(start: Start):
+    async def main():
+        async with start() as rig, AsyncClient(rig.address, retries=0) as client:
+            rig.front_end.gate.close("the engine is starting")
+            with pytest.raises(UnavailableError):
+                await client.complete("Hi", max_tokens=2)
+            assert ended(rig) == {(GENERATE, "UNAVAILABLE"): 1}
+
+    asyncio.run(main())
+
+
+def test_what_was_answered_in_part_is_not_repeated(start: Start):
+    async def main():
+        async with start(fail_after=2) as rig:
+            with pytest.raises(RequestFailedError):
+                await while_serving(rig, rig.client.complete("Hi", max_tokens=9))
+            assert len(rig.fake.submitted) == 1
+
+    asyncio.run(main())
