@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -27,10 +28,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """`num_sms` is that of the whole GPU; 0 on a CPU."""
+    """`num_sms` is that of the whole GPU; 0 on a CPU. `name` is the model's."""
 
     platform: Platform
     num_sms: int = 0
+    name: str = ""
 
 
 def choose(device: Device, run_dir: str) -> Chosen:
@@ -41,12 +43,20 @@ def choose(device: Device, run_dir: str) -> Chosen:
     if device == "cpu" or (device == "auto" and not _has_driver()):
         return Chosen("cpu")
     try:
-        return Chosen("cuda", _usable_gpu(run_dir).num_sms)
+        gpu = _usable_gpu(run_dir)
+        return Chosen("cuda", gpu.num_sms, gpu.name)
     except StartupError as error:
         if device == "cuda":
             raise
         _log.warning("runs on the CPU: %s", error)
         return Chosen("cpu")
+
+
+def cpu_name() -> str:
+    """Its model and the number of cores that this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, 'CPU')}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _usable_gpu(run_dir: str) -> DeviceInfo:

@@ -195,6 +195,11 @@ class Launcher:
             process.kill()
         self.stop()
 
+    @property
+    def device_name(self) -> str:
+        """Of the running engine."""
+        return self._device.name or device.cpu_name()
+
     # ------------------------------------------------------------ supervision
 
     def _supervise(self) -> None:

@@ -1,0 +1,101 @@
+"""Policies on real engines: they move shares, and no token depends on it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from semipd_jax.demo import MODEL_DIR
+from semipd_jax.engine import AsyncEngine
+from semipd_jax.errors import InvalidRequestError
+from semipd_jax.messages import Stats
+from semipd_jax.tuner import profile
+from semipd_jax.tuner.profile import Profile
+
+NUM_REQUESTS = 12
+PROMPT = list(range(100, 400))
+
+
+async def tokens_of(engine: AsyncEngine, i: int) -> tuple[int, ...]:
+    prompt = PROMPT[: 20 + 20 * i]
+    result = await engine.complete(prompt, max_tokens=40, temperature=0.0, ignore_eos=True)
+    return result.token_ids
+
+
+async def all_tokens(engine: AsyncEngine) -> list[tuple[int, ...]]:
+    return await asyncio.gather(*(tokens_of(engine, i) for i in range(NUM_REQUESTS)))
+
+
+def save_profile(path: Path) -> str:
+    """Of a machine about as fast as this one, on which decode at the lower share takes longer than
+    the promise of the test beside prefill, but not alone."""
+    made = Profile(
+        source="modelled",
+        device="made up",
+        model="demo",
+        saturation=1.0,
+        yielding={"prefill": 0.0, "decode": 0.0},
+        coefficients={
+            "prefill": {"fixed": 1e-3, "weights": 2e-3, "tokens": 2e-2, "pairs": 1e-3}
+            | {"contention": 1e-2},
+            "decode": {"fixed": 1e-3, "weights": 2e-3, "context": 1e-2, "rows": 1e-2}
+            | {"weights_contention": 1e-3, "context_contention": 1e-2},
+        },
+    )
+    path.write_text(profile.to_json(made))
+    return str(path)
+
+
+@pytest.mark.timeout(600)
+def test_policies_change_no_token_and_can_be_changed(compile_cache, tmp_path):
+    async def run() -> None:
+        async with AsyncEngine(
+            str(MODEL_DIR), max_num_seqs=8, max_num_batched_tokens=64, share_ladder=(0.5,),
+            enable_prefix_caching=False, compile_cache_dir=compile_cache,
+            slo_ttft_ms=1000, slo_tpot_ms=20, tuner_profile=save_profile(tmp_path / "p.json"),
+        ) as engine:  # fmt: skip
+            static = await all_tokens(engine)
+            assert (await engine.partition()).policy == "static"
+            for policy in ("predictive", "semi-pd", "semi-pd-replan"):
+                partition = await engine.set_partition(policy=policy)
+                assert partition.policy == policy
+                assert await all_tokens(engine) == static
+                choice = (await engine.partition()).choice
+                assert choice is not None
+                assert choice.prefill in (0.5, 1.0)
+            await check_predictions(engine)
+            await check_promises(engine)
+
+    asyncio.run(run())
+
+
+async def check_predictions(engine: AsyncEngine) -> None:
+    await engine.set_partition(policy="predictive")
+    await all_tokens(engine)
+    stats = await engine.stats()
+    assert stats.prefill_error.count > 5
+    assert stats.decode_error.count > 20
+    partition = await engine.set_partition(prefill=1.0, decode=0.5)
+    assert (partition.policy, partition.decode.asked) == ("static", 0.5)
+
+
+async def check_promises(engine: AsyncEngine) -> None:
+    before = await engine.stats()
+    await engine.set_slo(ttft_ms=60_000, tpot_ms=60_000)
+    await all_tokens(engine)
+    kept = await engine.stats()
+    assert met(kept) - met(before) == NUM_REQUESTS
+    await engine.set_slo(ttft_ms=0.001, tpot_ms=60_000)
+    await all_tokens(engine)
+    broken = await engine.stats()
+    assert met(broken) == met(kept)
+    assert broken.slo.num_tpot_met - kept.slo.num_tpot_met == NUM_REQUESTS
+    assert broken.slo.num_ended - before.slo.num_ended == 2 * NUM_REQUESTS
+    assert broken.num_compiles == 0
+    await engine.set_partition(policy="predictive")
+    with pytest.raises(InvalidRequestError, match="slo_tpot_ms is None"):
+        await engine.set_slo(ttft_ms=100)
+
+
+def met(stats: Stats) -> int:
+    return stats.slo.num_met
