@@ -32,21 +32,21 @@ _BAR: Final = 30
 _LINES: Final = 10  # where there is no terminal
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax.profile") -> int:
     """Returns the exit status: 0, 1 after a failure, 2 for a bad command line."""
-    args = vars(_parser().parse_args(argv))
+    args = vars(_parser(prog).parse_args(argv))
     output: Path = args.pop("output")
     try:
         config = options.build_config(**args)
         _require_ladder(config)
     except ConfigError as error:
-        print(f"semipd_jax.profile: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     logs.configure("profile", config.log_level, config.log_format)
     try:
         made = measure(config, _Bar())
     except EngineError as error:
-        print(f"semipd_jax.profile: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     output.write_text(profile.to_json(made))
     errors = ", ".join(f"{phase} {error:.1%}" for phase, error in made.error.items())
@@ -139,9 +139,9 @@ def _require_ladder(config: EngineConfig) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m semipd_jax.profile",
+        prog=prog,
         description=(__doc__ or "").partition("\n\n")[2],
         epilog="All options of the engine are taken too: give those that you serve with.",
     )

@@ -148,9 +148,7 @@ class _Run:
             self._overlaps.began(phase, self.trial.shares[phase], self._clock())
 
     def done(self, reply: StepDone) -> None:
-        phase = next((p for p, lane in self.lanes.items() if _heads(lane, reply)), None)
-        if phase is None:
-            raise EngineError(f"{reply.worker_id} answered step {reply.step_id} out of turn")
+        phase = self._phase_of(reply)
         lane, now_s = self.lanes[phase], self._clock()
         _, self._work[phase] = lane.popleft()
         conditions = self._overlaps.ended(phase, now_s)
@@ -161,6 +159,12 @@ class _Run:
         if self._num_done[phase] > _WARM_UP and is_beside:
             self._seconds[phase].append(reply.device_s)
 
+    def _phase_of(self, reply: StepDone) -> Phase:
+        for phase, lane in self.lanes.items():
+            if lane and lane[0][0] == reply.step_id:
+                return phase
+        raise EngineError(f"{reply.worker_id} answered step {reply.step_id} out of turn")
+
     def samples(self) -> list[Sample]:
         shares = self.trial.shares
         made: list[Sample] = []
@@ -170,10 +174,6 @@ class _Run:
             conditions = Conditions(shares[phase], others[0] if others else 0.0, overlap)
             made.append(Sample(self._work[phase], conditions, median(seconds)))
         return made
-
-
-def _heads(lane: _Lane, reply: StepDone) -> bool:
-    return bool(lane) and lane[0][0] == reply.step_id
 
 
 def main(child: Child) -> None:

@@ -9,6 +9,8 @@ _USAGE = """usage: semipd-jax COMMAND [flag ...]
 commands:
   serve      serve a model
   top        watch a server in the terminal
+  control    show or change a server's shares, policy and promises
+  profile    measure step times on this machine, for the SLO tuner
   complete   print a completion as it comes
 
 `semipd-jax COMMAND --help` lists the flags of one."""
@@ -27,6 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from semipd_server import top
 
             return top.main(rest)
+        case "control":
+            from semipd_server import control_client
+
+            return control_client.main(rest, prog="semipd-jax control")
+        case "profile":
+            from semipd_jax import profile
+
+            return profile.main(rest, prog="semipd-jax profile")
         case "complete":
             from semipd_server import client
 

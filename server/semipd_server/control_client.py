@@ -1,27 +1,36 @@
 """A blocking client of semipd.v1.ControlService.
 
-with ControlClient() as control:
-    control.set_slo(ttft_ms=300, tpot_ms=50)
-    control.set_partition(policy="predictive")
-    for stats in control.watch():
-        print(stats)
+    with ControlClient() as control:
+        control.set_slo(ttft_ms=300, tpot_ms=50)
+        control.set_partition(policy="predictive")
+        for stats in control.watch():
+            print(stats)
+
+`semipd-jax control` does the same in a terminal.
 """
 
+import argparse
+import contextlib
 import os
+import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
 import grpc
+from google.protobuf import json_format
+from google.protobuf.message import Message
 
-from semipd_jax.errors import UnavailableError
+from semipd_jax.config import POLICIES
+from semipd_jax.errors import EngineError, UnavailableError
 from semipd_server.pb import control_pb2 as pb
 from semipd_server.pb import control_pb2_grpc as pb_grpc
-from semipd_server.settings import CONTROL_SOCKET
+from semipd_server.settings import CONTROL_SOCKET, KEY_VARIABLE
 from semipd_server.status import error_from
 
 _TIMEOUT_S: Final = 15.0
+_METHODS: Final = {"get": "partition", "set": "set_partition", "slo": "set_slo"}
 
 
 class ControlClient:
@@ -128,3 +137,55 @@ def the_only_socket() -> Path:
             + "".join(f"\n  unix:{path}" for path in found)
         )
     return found[0]
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "semipd-jax control") -> int:
+    """Prints JSON. Returns the exit status."""
+    args = vars(_parser(prog).parse_args(argv))
+    command, server = args.pop("command"), args.pop("server")
+    try:
+        with ControlClient(server, api_key=os.environ.get(KEY_VARIABLE)) as client:
+            if command == "watch":
+                with contextlib.suppress(KeyboardInterrupt):
+                    for stats in client.watch(**args):
+                        _print(stats, indent=None)
+            else:
+                _print(getattr(client, _METHODS[command])(**args), indent=2)
+    except (EngineError, TimeoutError, grpc.RpcError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print(message: Message, indent: int | None) -> None:
+    text = json_format.MessageToJson(message, preserving_proto_field_name=True, indent=indent)
+    print(text, flush=True)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Show or change how a running server divides its compute, and what it "
+        f"promises. The API key is taken from ${KEY_VARIABLE}.",
+    )
+    parser.add_argument(
+        "--server", help="address of its control socket (unix:PATH) [this user's only server]"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("get", help="shares, policy, promises and the latest decision")
+    change = commands.add_parser("set", help="shares, which make the policy static, or a policy")
+    change.add_argument("--prefill-share", type=float)
+    change.add_argument("--decode-share", type=float)
+    change.add_argument("--policy", choices=POLICIES)
+    slo = commands.add_parser("slo", help="what is promised, in place of what was")
+    slo.add_argument("--ttft-ms", type=float, help="[nothing]")
+    slo.add_argument("--tpot-ms", type=float, help="[nothing]")
+    slo.add_argument("--priority", type=int, help="of requests with this priority [the others]")
+    slo.add_argument("--target", type=float, help="share of requests that should meet both")
+    watch = commands.add_parser("watch", help="statistics, one line of JSON each time")
+    watch.add_argument("--interval-ms", type=int, default=1000)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

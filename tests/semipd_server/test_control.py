@@ -1,6 +1,7 @@
 """ControlService: on a private socket, by its own client, and nowhere else unless exposed."""
 
 import asyncio
+import json
 import os
 import socket
 import stat
@@ -277,3 +278,28 @@ def test_a_client_finds_the_only_server(tmp_path, monkeypatch):
             assert control_client.the_only_socket() == tmp_path / "semipd-a" / "control.sock"
     with pytest.raises(UnavailableError, match="2 servers"):
         control_client.the_only_socket()
+
+
+def test_the_command_shows_and_changes(start: Start, capsys):
+    async def command(rig: Rig, *words: str) -> int:
+        task = asyncio.ensure_future(
+            asyncio.to_thread(control_client.main, ["--server", rig.control, *words])
+        )
+        await rig.fake.until(task.done)
+        return task.result()
+
+    async def main():
+        async with start() as rig:
+            assert await command(rig, "get") == 0
+            shown = json.loads(capsys.readouterr().out)
+            assert shown["policy"] == "static"
+            assert shown["decode"]["warm"] == [0.5, 1.0]
+            assert await command(rig, "slo", "--ttft-ms", "300", "--target", "0.95") == 0
+            assert await command(rig, "set", "--policy", "predictive") == 0
+            slo, policy = rig.fake.changes[1:]
+            assert (slo.slo, slo.target) == (Slo(300.0, None, None), 0.95)
+            assert policy.policy == "predictive"
+            assert await command(rig, "set", "--decode-share", "2") == 1
+            assert "decode_share is 2.0; allowed" in capsys.readouterr().err
+
+    asyncio.run(main())
