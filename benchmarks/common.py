@@ -25,7 +25,7 @@ def header(settings: Mapping[str, Any]) -> dict[str, Any]:
         "commit": _commit(),
         "host": {
             "cores": len(os.sched_getaffinity(0)),
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "platform": f"{platform.system()} {platform.machine()}",
             "load_average": os.getloadavg(),
         },
@@ -77,7 +77,7 @@ def _git(*args: str) -> str:
     return done.stdout.strip()
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -33,7 +33,7 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     workload = flags.workload_of(args, args.workload, args.seed)
     setup = flags.setup_of(args, workload)
     rate = args.rate if args.rate is not None else workload.rate
-    head = report.header(setup.platform, workload, setup.targets) | {"rate_per_device": rate}
+    head = report.simulated(setup.platform, workload, setup.targets) | {"rate_per_device": rate}
     rows: dict[str, Any] = {}
     for system in systems:
         started = time.perf_counter()

@@ -5,31 +5,38 @@
     python -m benchmarks.goodput --from DIR/goodput.json --from OTHER/goodput.json --out DIR
 
 Systems are simulated; with `--model` each of them is a server that is started with its flags, and
-flags after `--` are for all of them. `--from` measures nothing and draws what was found before.
+flags after `--` are for all of them. `--from` measures nothing and draws what was found before;
+`--against` puts another result's goodput beside this one, as a simulation beside a measurement.
 Every system gets the same requests; repetitions take other ones. Failed requests are misses.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import common
+from benchmarks.goodput.live import Server, flags_of
 from benchmarks.goodput.results import result_of
-from benchmarks.goodput.search import take_turns
+from benchmarks.goodput.search import Subject, take_turns
 from benchmarks.goodput.simulated import Simulated
 from benchmarks.goodput.statics import better_statics
-from benchmarks.goodput.tables import OURS, markdown
+from benchmarks.goodput.tables import OURS, agreement, markdown
+from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator import flags, report
 from semipd_jax.simulator.systems import parse
+from semipd_jax.simulator.workloads import Workload
+from semipd_jax.tuner.slo import SloTarget, SloTargets
 
-_SYSTEMS: Final = (
-    "disaggregated colocated chunked static:1,1 static:0.8,1 semi-pd semi-pd-replan predictive "
-    "static:1,1+spf predictive+spf"
+_SIMULATED: Final = (
+    "disaggregated colocated chunked static:1,1 static:0.8,1 semi-pd predictive static:1,1+spf "
+    "predictive+spf"
 )
+_LIVE: Final = "colocated chunked static:1,1 semi-pd static:1,1+spf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,41 +45,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.saved:
             result = _merged(args.saved)
         else:
-            loads = [_simulated(args, name) for name in args.workload or ["sharegpt"]]
+            loads = [_measured(args, name) for name in args.workload or ["sharegpt"]]
             result = common.header(vars(args)) | {"loads": loads}
     except (ConfigError, ValueError, OSError) as error:
         print(f"benchmarks.goodput: {error}", file=sys.stderr)
         return 2
     text = markdown(result["loads"])
+    if args.against is not None:
+        text += "\n" + agreement(result["loads"], json.loads(args.against.read_text())["loads"])
     print(text)
     if args.out is not None:
         _write(args.out, result, text, draws=args.plots)
     return 0
 
 
-def _simulated(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Targets are those of the first seed's requests."""
+def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Targets that are not given, and what is said about a load, are of the first seed's part."""
     workload = flags.workload_of(args, name, args.seed)
-    setup = flags.setup_of(args, workload)
-    subjects = [
-        Simulated(parse(system), setup, lambda seed: flags.workload_of(args, name, seed))
-        for system in args.systems
-    ]
-    seeds = range(args.seed, args.seed + args.repeat)
+    subjects, targets, result = (_simulated if args.model is None else _live)(args, name, workload)
     found = take_turns(
         subjects,
-        setup.targets,
-        seeds,
+        targets,
+        range(args.seed, args.seed + args.repeat),
         start_rate=args.start_rate,
         precision=args.precision,
         progress=lambda text: _progress(f"{workload.name}: {text}"),
     )
-    result = report.header(setup.platform, workload, setup.targets)
-    result["systems"] = {name: result_of(each, setup.targets) for name, each in found.items()}
-    if args.check_statics and OURS in found:
+    result["systems"] = {name: result_of(each, targets) for name, each in found.items()}
+    if args.check_statics and isinstance(subjects[0], Simulated) and OURS in found:
         rates = {one.seed: one.rate for one in found[OURS]}
         result["better_statics"] = better_statics(subjects[0], rates)
     return result
+
+
+type _Ready = tuple[Sequence[Subject], SloTargets, dict[str, Any]]
+
+
+def _simulated(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
+    setup = flags.setup_of(args, workload)
+    subjects = [
+        Simulated(parse(system), setup, lambda seed: flags.workload_of(args, name, seed))
+        for system in args.systems or _SIMULATED.split()
+    ]
+    head = report.simulated(setup.platform, workload, setup.targets)
+    return subjects, setup.targets, head
+
+
+def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
+    target = SloTarget(args.slo_ttft_ms, args.slo_tpot_ms)
+    given = (target.ttft_ms, target.tpot_ms)
+    require(None not in given, "slo_ttft_ms and slo_tpot_ms", given, "numbers, with --model")
+    targets = SloTargets(target, attainment=args.slo_target)
+    subjects = [
+        Server(
+            name=system,
+            model=args.model,
+            flags=[*flags_of(parse(system), target, args.ladder, args.profile), *args.server],
+            load=lambda seed: flags.workload_of(args, name, seed),
+            timeout_s=args.timeout,
+        )
+        for system in args.systems or _LIVE.split()
+    ]
+    platform = f"{Path(args.model).name} on {common.cpu_model()}, {os.cpu_count()} cores"
+    notes = [f"server flags: {' '.join(args.server)}"] if args.server else []
+    head = report.header(workload, targets, origin="measured", platform=platform, notes=notes)
+    return subjects, targets, head
 
 
 def _merged(paths: Sequence[Path]) -> dict[str, Any]:
@@ -104,15 +141,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--systems", type=str.split, default=_SYSTEMS, help="names, between spaces")
+    add("--systems", type=str.split, help=f"between spaces [{_SIMULATED}; servers: {_LIVE}]")
     add("--workload", action="append", help=f"{flags.load_names()}; may be repeated")
     add("--repeat", type=int, default=3, help="searches of each system, with a seed each [3]")
     add("--start-rate", type=float, default=4.0, help="requests/s, where the first one starts [4]")
     add("--precision", type=float, default=0.02, help="of the rate, relative [0.02]")
     add("--check-statics", action="store_true", help="look for static shares that do better")
+    add("--against", type=Path, help="a goodput.json to compare with")
     add("--out", type=Path, help="folder for goodput.json, goodput.md and plots")
     add("--no-plots", dest="plots", action="store_false", help="do not draw")
     add("--from", dest="saved", type=Path, action="append", help="a goodput.json to draw again")
+    live = parser.add_argument_group("servers").add_argument
+    live("--model", help="directory of a model: measure servers instead of simulating")
+    live("--timeout", type=float, default=600.0, help="seconds for any one wait [600]")
+    live("server", nargs="*", help="after --: flags for every server")
     flags.add_load(parser)
     flags.add_platform(parser)
     flags.add_engine(parser)

@@ -8,6 +8,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from semipd_jax.simulator.report import ORIGINS
+
 _SUFFIXES: Final = ("png", "svg")
 _STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "semipd", "font.size": 8}
 _PERCENTILES: Final = ("p50", "p90", "p99")
@@ -69,8 +71,8 @@ def _figure(load: Mapping[str, Any], rows: int, columns: int) -> tuple[Figure, l
         size = (max(5.0, 3.2 * columns), max(3.2, 1.6 * rows if columns == 1 else 2.6 * rows))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
-    modelled = "MODELLED, not measured: " if load["source"] == "modelled" else ""
-    figure.suptitle(f"{load['workload']}\n{modelled}{load['platform']}", fontsize=8)
+    origin = ORIGINS[load["origin"]]
+    figure.suptitle(f"{load['workload']}\n{origin}: {load['platform']}", fontsize=8)
     return figure, list(grid.flat)
 
 

@@ -35,6 +35,19 @@ def markdown(loads: Loads) -> str:
     return "\n".join(parts) + "\n"
 
 
+def agreement(loads: Loads, others: Loads) -> str:
+    """Goodput of the systems that both have, side by side."""
+    found = {load["workload"]: load for load in others}
+    rows: list[list[str]] = []
+    for load in loads:
+        other = found.get(load["workload"], {"systems": {}})
+        for name in load["systems"].keys() & other["systems"].keys():
+            here, there = (side["systems"][name]["goodput"] for side in (load, other))
+            difference = f"{here / there - 1:+.0%}" if there else "-"
+            rows.append([load["workload"], name, f"{here:.2f}", f"{there:.2f}", difference])
+    return table(["load", "system", "this", "other", "difference"], sorted(rows)) + "\n"
+
+
 def goodputs(loads: Loads) -> str:
     names = list(dict.fromkeys(name for load in loads for name in load["systems"]))
     rows = [[name, *(_goodput(load["systems"].get(name)) for load in loads)] for name in names]

@@ -60,9 +60,8 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("simulated engines").add_argument
     add("--ladder", type=_ladder, default=",".join(map(str, DEFAULT_LADDER)), help="of shares")
-    add("--prefill-tokens", type=int, default=2048, help="chunk budget of semi-PD's prefill")
-    add("--colocated-tokens", type=int, default=8192, help="of prefill steps without chunking")
-    add("--chunk-tokens", type=int, default=1024, help="of chunked steps")
+    add("--chunk-tokens", type=int, default=1024, help="of semi-PD's prefill and of chunked steps")
+    add("--whole-tokens", type=int, default=8192, help="of prefill steps without chunks")
     add("--max-num-seqs", type=int, default=512, help="requests that run at once")
 
 
@@ -109,9 +108,8 @@ def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
         platform=device,
         targets=SloTargets(target, attainment=args.slo_target),
         ladder=args.ladder,
-        prefill_tokens=args.prefill_tokens,
-        colocated_tokens=args.colocated_tokens,
         chunk_tokens=args.chunk_tokens,
+        whole_tokens=args.whole_tokens,
         max_rows=args.max_num_seqs,
         noise=args.noise,
         seed=args.seed,

@@ -1,7 +1,7 @@
 """Results as tables for people and as JSON for programs. Both say if the times were modelled."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -10,6 +10,13 @@ from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.slo import SloTargets
 
+type Origin = Literal["modelled", "simulated", "measured"]
+
+ORIGINS: Final[Mapping[str, str]] = {
+    "modelled": "MODELLED, not measured",
+    "simulated": "SIMULATED from measured step times",
+    "measured": "Measured",
+}
 _PERCENTILES: Final = (50, 90, 99)
 
 
@@ -28,14 +35,21 @@ def summary(outcome: Outcome, targets: SloTargets) -> dict[str, Any]:
     }
 
 
-def header(platform: Platform, workload: Workload, targets: SloTargets) -> dict[str, Any]:
+def header(
+    workload: Workload,
+    targets: SloTargets,
+    *,
+    origin: Origin,
+    platform: str,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """What the numbers below it are of."""
     inputs = [row.input_len for row in workload.rows]
     outputs = [row.output_len for row in workload.rows]
     return {
-        "source": platform.source,
-        "platform": platform.name,
-        "notes": list(platform.notes),
+        "origin": origin,
+        "platform": platform,
+        "notes": list(notes),
         "workload": workload.name,
         "num_requests": len(workload.rows),
         "mean_input_tokens": sum(inputs) / len(inputs),
@@ -48,16 +62,22 @@ def header(platform: Platform, workload: Workload, targets: SloTargets) -> dict[
     }
 
 
+def simulated(platform: Platform, workload: Workload, targets: SloTargets) -> dict[str, Any]:
+    """The header of a simulation's results."""
+    origin = "modelled" if platform.source == "modelled" else "simulated"
+    about = (workload, targets)
+    return header(*about, origin=origin, platform=platform.name, notes=platform.notes)
+
+
 def heading(head: Mapping[str, Any]) -> str:
     slo = head["slo"]
-    source = "MODELLED, not measured" if head["source"] == "modelled" else head["source"]
     limits = [
         f"{name} ≤ {slo[key]:.0f} ms"
         for name, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"))
         if slo[key] is not None
     ]
     return (
-        f"{source}: {head['platform']}\n"
+        f"{ORIGINS[head['origin']]}: {head['platform']}\n"
         f"{head['workload']}: {head['num_requests']} requests, {head['mean_input_tokens']:.0f} + "
         f"{head['mean_output_tokens']:.0f} tokens on average; "
         f"{' and '.join(limits) or 'no targets'} for {slo['attainment']:.0%}"

@@ -40,9 +40,9 @@ class Setup:
     """What all systems share, and the step budget of each kind.
 
     Attributes:
-      prefill_tokens: chunk budget of semi-PD's prefill steps.
-      colocated_tokens: of prefill steps of engines without chunked prefill.
-      chunk_tokens: of chunked steps, decode rows included.
+      chunk_tokens: of semi-PD's prefill steps, and of chunked steps with their decode rows. The
+        default is that of vLLM's chunks in semi-PD's evaluation.
+      whole_tokens: of prefill steps of engines without chunked prefill.
       max_rows: requests that run at once on a device.
       noise: standard deviation of the logarithm of a step's time.
     """
@@ -50,9 +50,8 @@ class Setup:
     platform: Platform
     targets: SloTargets
     ladder: Ladder = DEFAULT_LADDER
-    prefill_tokens: int = 2048
-    colocated_tokens: int = 8192
     chunk_tokens: int = 1024
+    whole_tokens: int = 8192
     max_rows: int = 512
     noise: float = 0.03
     seed: int = 0
@@ -143,9 +142,8 @@ def _num_processes(system: System, ladder: Ladder) -> int:
 
 
 def _budget(system: System, setup: Setup) -> int:
-    if system.kind == "chunked":
-        return setup.chunk_tokens
-    return setup.colocated_tokens if system.kind in BASELINES else setup.prefill_tokens
+    is_whole = system.kind in ("colocated", "disaggregated")
+    return setup.whole_tokens if is_whole else setup.chunk_tokens
 
 
 def _baseline(system: System, environment: Environment, platform: Platform) -> Engine:

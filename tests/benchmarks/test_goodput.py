@@ -1,6 +1,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,15 @@ from hypothesis import strategies as st
 
 from benchmarks.goodput.__main__ import main
 from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
+from benchmarks.goodput.live import flags_of, outcome_of
 from benchmarks.goodput.results import result_of
 from benchmarks.goodput.search import LEAST_RATE, highest, take_turns
-from benchmarks.goodput.tables import goodputs, ratios
+from benchmarks.goodput.tables import agreement, goodputs, ratios
+from benchmarks.load import GeneratorHealth, LoadRun
+from benchmarks.metrics import Arrival, RequestRecord
+from semipd_jax.errors import ConfigError
 from semipd_jax.simulator.run import Outcome
+from semipd_jax.simulator.systems import parse
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
 TARGETS = SloTargets(SloTarget(ttft_ms=100.0, tpot_ms=50.0))
@@ -147,6 +153,59 @@ def test_tables_have_the_papers_ratios_beside_ours():
     assert cells(ratios(loads))[2:] == [
         ["predictive / static:1,1", "1.11", "1.50 (1.50-1.50)", "-"]
     ]
+
+
+def test_agreement_is_of_what_both_have():
+    here, there = load(static=[4.0], predictive=[6.0]), load(static=[5.0], chunked=[1.0])
+    assert cells(agreement([here], [there]))[2:] == [["w", "static:1,1", "4.00", "5.00", "-20%"]]
+
+
+# ------------------------------------------------------------ servers
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("static:0.8,1", "--scheduling-policy fcfs --prefill-share 0.8 --decode-share 1.0"),
+        ("chunked", "--scheduling-policy fcfs --mode chunked"),
+        (
+            "predictive+spf",
+            "--scheduling-policy spf --policy predictive --share-ladder 0.5,1.0 "
+            "--slo-ttft-ms 100.0 --slo-tpot-ms 50.0 --tuner-profile p.json",
+        ),
+    ],
+)
+def test_systems_are_flags_of_a_server(name, flags):
+    assert flags_of(parse(name), TARGETS.default, (0.5, 1.0), Path("p.json")) == flags.split()
+
+
+def test_disaggregation_is_no_single_server():
+    with pytest.raises(ConfigError, match="disaggregated"):
+        flags_of(parse("disaggregated"), TARGETS.default, (0.5, 1.0), None)
+
+
+def test_server_outcomes_are_what_clients_saw():
+    good = RequestRecord(scheduled_s=0.0, sent_s=1.0, num_prompt_tokens=3, finished_s=2.0)
+    good.arrivals += [Arrival(1.5, 1), Arrival(1.7, 2)]
+    bad = RequestRecord(
+        scheduled_s=0.0, sent_s=1.5, num_prompt_tokens=3, finished_s=5.0, status="UNAVAILABLE"
+    )
+    run = LoadRun([good, bad], GeneratorHealth(None, None, 0.5))
+    found = outcome_of(run, {"prefill": [(0.0, 1.0)], "decode": []})
+    assert found.ttft_s[0] == pytest.approx(0.5)
+    assert found.tpot_s[0] == pytest.approx(0.1)
+    assert found.served.tolist() == [True, False]
+    assert np.isnan(found.ttft_s[1])
+    assert found.duration_s == pytest.approx(4.0)
+    assert found.attainment(SloTarget()) == 0.5
+
+
+def test_servers_need_targets(capsys):
+    assert main(["--model", "m"]) == 2
+    assert "slo_ttft_ms and slo_tpot_ms" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ the command
 
 
 def test_command_measures_draws_and_draws_again(tmp_path, capsys):

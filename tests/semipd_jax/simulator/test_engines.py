@@ -116,7 +116,7 @@ def test_the_hop_is_paid_once_where_steps_are_sent_ahead():
 def test_spf_lets_short_prompts_pass():
     rows = load((0.0, 100, 1), (0.01, 900, 1), (0.02, 50, 1))
     spf, fcfs = (
-        simulated(name, rows, prefill_tokens=128).ttft_s
+        simulated(name, rows, chunk_tokens=128).ttft_s
         for name in ("static:1,1+spf", "static:1,1")
     )
     assert spf[2] < 0.4 < 0.9 < fcfs[2]
@@ -225,7 +225,7 @@ def test_command_prints_that_times_are_modelled(tmp_path, capsys):
     assert simulate.main([*given, "--json", str(out)]) == 0
     assert "MODELLED, not measured: NVIDIA H100" in capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert result["source"] == "modelled"
+    assert result["origin"] == "modelled"
     assert result["systems"].keys() == {"colocated", "static:1,0.4"}
     assert result["systems"]["colocated"]["num_failed"] == 0
 

@@ -1,0 +1,138 @@
+"""Servers as subjects: each system is this project's server with the flags that make it so."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from benchmarks import metrics
+from benchmarks.goodput.search import Trial
+from benchmarks.load import LoadRun, run_load
+from benchmarks.metrics import RequestRecord
+from benchmarks.semipd import running_server, sender
+from benchmarks.workload import PlannedRequest, replayed
+from semipd_jax.config import POLICIES, require
+from semipd_jax.messages import Phase
+from semipd_jax.simulator.run import Outcome
+from semipd_jax.simulator.systems import System
+from semipd_jax.simulator.traces import clip
+from semipd_jax.simulator.workloads import Workload
+from semipd_jax.tuner.policy import Ladder
+from semipd_jax.tuner.slo import SloTarget
+from semipd_jax.tuner.tuner import PHASES
+from semipd_server.client import AsyncClient
+from semipd_server.control_client import ControlClient
+
+_POLL_S: Final = 0.25
+_MOST_TRIALS: Final = 1000  # with prompts of their own, for each seed
+
+type Shares = dict[Phase, list[tuple[float, float]]]
+
+
+def flags_of(system: System, target: SloTarget, ladder: Ladder, profile: Path | None) -> list[str]:
+    """Of `python -m semipd_jax.serve`. Raises ConfigError for what is no single server."""
+    flags = ["--scheduling-policy", system.order]
+    if system.kind == "static":
+        prefill, decode = str(system.shares.prefill), str(system.shares.decode)
+        return [*flags, "--prefill-share", prefill, "--decode-share", decode]
+    if system.kind not in POLICIES:
+        require(system.kind != "disaggregated", "system", system.name, "systems of one device")
+        return [*flags, "--mode", system.kind]
+    flags += ["--policy", system.kind, "--share-ladder", ",".join(map(str, ladder))]
+    flags += ["--slo-ttft-ms", str(target.ttft_ms), "--slo-tpot-ms", str(target.tpot_ms)]
+    return flags if profile is None else [*flags, "--tuner-profile", str(profile)]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """
+    Attributes:
+      load: seed → requests.
+      timeout_s: for any one wait.
+    """
+
+    name: str
+    model: str
+    flags: Sequence[str]
+    load: Callable[[int], Workload]
+    timeout_s: float
+
+    @contextmanager
+    def running(self, seed: int) -> Iterator[Trial]:
+        """A fresh server for each search. Prompts are new in every trial, but for prefixes that
+        a trace's requests share."""
+        workload, prompts = self.load(seed), count(seed * _MOST_TRIALS)
+        with tempfile.TemporaryDirectory(prefix="goodput-") as folder:
+            socket = f"{folder}/control.sock"
+            flags = [*self.flags, "--control-socket", socket]
+            with (
+                running_server(self.model, flags, timeout_s=self.timeout_s) as (target, model),
+                ControlClient(f"unix:{socket}") as control,
+            ):
+
+                def trial(rate: float) -> Outcome:
+                    load = workload.at(rate)
+                    rows, _ = clip(list(load.rows), model.max_model_len)
+                    planned = replayed(
+                        rows,
+                        hash_block_len=load.hash_block_len,
+                        vocab_size=model.vocab_size,
+                        seed=next(prompts),
+                    )
+                    return asyncio.run(_run(planned, target, control, self.timeout_s))
+
+                yield trial
+
+
+async def _run(
+    planned: Sequence[PlannedRequest], target: str, control: ControlClient, timeout_s: float
+) -> Outcome:
+    shares: Shares = {phase: [] for phase in PHASES}
+    watching = asyncio.create_task(_watch(control, shares))
+    try:
+        async with AsyncClient(target) as client:
+            run = await run_load(planned, sender(client), request_timeout_s=timeout_s)
+    finally:
+        watching.cancel()
+    return outcome_of(run, shares)
+
+
+async def _watch(control: ControlClient, shares: Shares) -> None:
+    """Notes the share of each phase's latest step now and then."""
+    started_s = time.perf_counter()
+    while True:
+        partition = await asyncio.to_thread(control.partition)
+        for phase in PHASES:
+            now = getattr(partition, phase)
+            changes = shares[phase]
+            if now.HasField("current") and (not changes or changes[-1][1] != now.current):
+                changes.append((time.perf_counter() - started_s, now.current))
+        await asyncio.sleep(_POLL_S)
+
+
+def outcome_of(run: LoadRun, shares: Shares) -> Outcome:
+    """Times as clients saw them."""
+    records = run.records
+    served = np.array([record.status == metrics.OK for record in records])
+
+    def times(of: Callable[[RequestRecord], float | None]) -> np.ndarray:
+        values = [of(r) if r.status == metrics.OK else None for r in records]
+        return np.array([np.nan if value is None else value for value in values])
+
+    started_s = min(record.sent_s for record in records)
+    return Outcome(
+        ttft_s=times(metrics.ttft_s),
+        tpot_s=times(metrics.tpot_s),
+        e2e_s=times(metrics.e2e_s),
+        served=served,
+        duration_s=max(record.finished_s for record in records) - started_s,
+        counters={"generator_cpu_share": run.health.cpu_share},
+        shares=shares,
+    )
