@@ -225,6 +225,7 @@ class TunerConfig:
         of finished requests, as the paper and its authors' code do. "predictive" chooses them
         before every step, by the step times of `profile`.
       slo_ttft_ms, slo_tpot_ms: promised to every request; None promises nothing.
+      slo_classes: what is promised to single priorities instead, see `tuner.slo.parse_classes`.
       slo_target: the share of requests that should meet both.
       profile: file made by `python -m semipd_jax.profile` on this device with this model.
     """
@@ -232,6 +233,7 @@ class TunerConfig:
     policy: SharePolicy = "static"
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
+    slo_classes: str = ""
     slo_target: float = 0.9
     profile: str | None = None
 

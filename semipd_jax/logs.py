@@ -25,21 +25,23 @@ def configure(process: str, level: str, form: LogFormat = "text") -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One line: time (UTC, ISO 8601), level, process, logger, message and, after a failure,
-    exception."""
+    """One line: time (UTC, ISO 8601), level, process, logger, message, the record's `fields` if it
+    has any and, after a failure, exception."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "process": self._process,
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if fields := getattr(record, "fields", None):
+            line["fields"] = fields
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -94,6 +94,12 @@ OPTIONS: Final = (
     Option(
         "slo_tpot_ms", "tuner", "slo_tpot_ms", "promised mean time of the tokens after it [nothing]"
     ),
+    Option(
+        "slo_classes",
+        "tuner",
+        "slo_classes",
+        "other promises, priority:ttft_ms:tpot_ms,... such as 5:2000:100,9::200",
+    ),
     Option("slo_target", "tuner", "slo_target", "share of requests that should meet both"),
     Option(
         "tuner_profile",

@@ -148,7 +148,8 @@ class TunedShares(ShareControl):
                 **decision.record(),
                 "not_logged": self._num_unlogged,
             }
-            _log.info("share changes: %s", msgspec.json.encode(record).decode())
+            text = msgspec.json.encode(record).decode()
+            _log.info("share changes: %s", text, extra={"fields": record})
             self._logged_s, self._num_unlogged = now_s, 0
         self.asked[phase] = share
 

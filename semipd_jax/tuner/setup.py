@@ -9,7 +9,7 @@ from semipd_jax.errors import ConfigError
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import Shares
 from semipd_jax.tuner.profile import Profile, from_json, model_of
-from semipd_jax.tuner.slo import SloTarget, SloTargets
+from semipd_jax.tuner.slo import SloTarget, SloTargets, parse_classes
 from semipd_jax.tuner.tuner import Tuner
 
 _LADDER: Final = "the same share_ladder for both phases, two shares or more, the largest 1.0"
@@ -17,7 +17,7 @@ _LADDER: Final = "the same share_ladder for both phases, two shares or more, the
 
 def targets_of(config: TunerConfig) -> SloTargets:
     default = SloTarget(config.slo_ttft_ms, config.slo_tpot_ms)
-    return SloTargets(default, attainment=config.slo_target)
+    return SloTargets(default, parse_classes(config.slo_classes), config.slo_target)
 
 
 def load_profile(path: str) -> Profile:

@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from semipd_jax.config import require
 
-_MS_PER_S = 1e3
+_MS_PER_S: Final = 1e3
+_CLASSES: Final = "priority:ttft_ms:tpot_ms,... with empty numbers for no promise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,19 @@ class SloTargets:
         """Seconds per token that satisfy all of these classes; infinity if none was promised."""
         targets = {self.of(priority).tpot_ms for priority in priorities}
         return min((t / _MS_PER_S for t in targets if t is not None), default=float("inf"))
+
+
+def parse_classes(text: str) -> dict[int, SloTarget]:
+    """For instance "5:2000:100,9::200": priority 9 is promised a TPOT alone.
+
+    Raises ConfigError.
+    """
+    targets: dict[int, SloTarget] = {}
+    for word in filter(None, text.split(",")):
+        try:
+            priority, *milliseconds = word.split(":")
+            ttft_ms, tpot_ms = (float(ms) if ms else None for ms in milliseconds)
+            targets[int(priority)] = SloTarget(ttft_ms, tpot_ms)
+        except ValueError:
+            require(False, "slo_classes", text, _CLASSES)
+    return targets

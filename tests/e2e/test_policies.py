@@ -1,16 +1,14 @@
 """Policies on real engines: they move shares, and no token depends on it."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
+from modelled_profile import save_profile
 
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
 from semipd_jax.errors import InvalidRequestError
 from semipd_jax.messages import Stats
-from semipd_jax.tuner import profile
-from semipd_jax.tuner.profile import Profile
 
 NUM_REQUESTS = 12
 PROMPT = list(range(100, 400))
@@ -24,26 +22,6 @@ async def tokens_of(engine: AsyncEngine, i: int) -> tuple[int, ...]:
 
 async def all_tokens(engine: AsyncEngine) -> list[tuple[int, ...]]:
     return await asyncio.gather(*(tokens_of(engine, i) for i in range(NUM_REQUESTS)))
-
-
-def save_profile(path: Path) -> str:
-    """Of a machine about as fast as this one, on which decode at the lower share takes longer than
-    the promise of the test beside prefill, but not alone."""
-    made = Profile(
-        source="modelled",
-        device="made up",
-        model="demo",
-        saturation=1.0,
-        yielding={"prefill": 0.0, "decode": 0.0},
-        coefficients={
-            "prefill": {"fixed": 1e-3, "weights": 2e-3, "tokens": 2e-2, "pairs": 1e-3}
-            | {"contention": 1e-2},
-            "decode": {"fixed": 1e-3, "weights": 2e-3, "context": 1e-2, "rows": 1e-2}
-            | {"weights_contention": 1e-3, "context_contention": 1e-2},
-        },
-    )
-    path.write_text(profile.to_json(made))
-    return str(path)
 
 
 @pytest.mark.timeout(600)

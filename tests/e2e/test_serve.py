@@ -1,65 +1,26 @@
 """`python -m semipd_jax.serve` as a user runs it."""
 
-import contextlib
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serve_rig import Server, serving
 
 from semipd_jax.errors import EngineError
 from semipd_jax.request import Delta, Finished, FinishReason
 from semipd_server.client import Client
 
-SMALL = ("--max-num-seqs=4", "--max-num-batched-tokens=64", "--port=0", "--http-port=0")
-
-
-class Server:
-    def __init__(self, log: Path, *flags: str) -> None:
-        self._log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "semipd_jax.serve", *flags], stderr=file
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def wait_for(self, pattern: str, *, timeout_s: float = 240.0) -> re.Match[str]:
-        deadline = time.monotonic() + timeout_s
-        while (found := re.search(pattern, self.log)) is None:
-            assert self.process.poll() is None, self.log
-            assert time.monotonic() < deadline, f"{pattern!r} is not in the log:\n{self.log}"
-            time.sleep(0.05)
-        return found
-
-    def family(self) -> dict[str, psutil.Process]:
-        return {
-            " ".join(p.cmdline()).strip().removeprefix("semipd: "): p
-            for p in psutil.Process(self.process.pid).children()
-        }
-
 
 @pytest.fixture
 def server(tmp_path, compile_cache) -> Iterator[Server]:
-    server = Server(tmp_path / "log", *SMALL, "--compile-cache-dir", compile_cache)
-    try:
+    with serving(tmp_path / "log", "--compile-cache-dir", compile_cache) as server:
         yield server
-    finally:
-        with contextlib.suppress(psutil.Error):
-            for process in server.family().values():
-                process.kill()
-        server.process.kill()
-        server.process.wait(10)
 
 
 @pytest.fixture

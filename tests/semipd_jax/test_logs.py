@@ -43,6 +43,12 @@ def test_lines_are_json_objects(capsys: pytest.CaptureFixture[str]):
     assert "ValueError: a\nb" in failure["exception"]
 
 
+def test_fields_of_a_record_are_fields_of_the_line(capsys: pytest.CaptureFixture[str]):
+    logs.configure("coordinator", "info", "json")
+    logging.getLogger("semipd_jax.x").info("moved", extra={"fields": {"to": 0.5}})
+    assert json.loads(capsys.readouterr().err)["fields"] == {"to": 0.5}
+
+
 def test_lines_for_a_person(capsys: pytest.CaptureFixture[str]):
     logs.configure("coordinator", "warning")
     logging.getLogger("semipd_server").warning("hello")

@@ -9,6 +9,7 @@ from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import FEATURES
 from semipd_jax.tuner.policy import FULL
 from semipd_jax.tuner.setup import targets_of, tuner_factory
+from semipd_jax.tuner.slo import SloTarget
 
 SLO = {"slo_ttft_ms": 300, "slo_tpot_ms": 50}
 LADDER = {"share_ladder": (0.4, 0.7, 1.0)}
@@ -41,6 +42,14 @@ def test_promises_come_from_the_options():
     assert targets.attainment == 0.99
 
 
+def test_single_priorities_may_be_promised_something_else():
+    targets = targets_of(build_config("m", slo_classes="5:2000:100,-1::200", **SLO).tuner)
+    assert targets.of(5) == SloTarget(2000.0, 100.0)
+    assert targets.of(-1) == SloTarget(None, 200.0)
+    assert targets.of(0) == SloTarget(300.0, 50.0)
+    assert targets.tightest_tpot_s([0, 5]) == 0.05
+
+
 @pytest.mark.parametrize("policy", ["semi-pd", "semi-pd-replan"])
 def test_reactive_policies_need_a_ladder_and_promises(policy):
     config = build_config("m", policy=policy, **SLO, **LADDER)
@@ -57,6 +66,9 @@ def test_the_predictive_policy_needs_a_profile_too(profile_path):
     [
         ({"policy": "best"}, "policy is 'best'; allowed: static, semi-pd, "),
         ({"slo_ttft_ms": 0}, "slo_ttft_ms is 0.0"),
+        ({"slo_classes": "5:2000"}, "slo_classes is '5:2000'; allowed: priority:ttft_ms:tpot_ms"),
+        ({"slo_classes": "x:1:2"}, "slo_classes is 'x:1:2'"),
+        ({"slo_classes": "1:-1:2"}, "slo_classes is '1:-1:2'"),
         ({"slo_target": 1.0}, "slo_target is 1.0"),
         ({"policy": "semi-pd", **SLO}, "share_ladder under the policy semi-pd is"),
         (
