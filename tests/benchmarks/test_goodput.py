@@ -209,14 +209,15 @@ def test_servers_need_targets(capsys):
 
 
 def test_command_measures_draws_and_draws_again(tmp_path, capsys):
-    given = ["--num-requests", "40", "--repeat", "1", "--precision", "0.5", "--ladder", "0.5,1.0"]
-    given += ["--length-scale", "0.05"]
+    given = ["--num-requests", "30", "--repeat", "1", "--precision", "0.5", "--ladder", "1.0"]
+    given += ["--length-scale", "0.05", "--slo-ttft-ms", "15"]
     systems = ["--systems", "static:1,1 predictive+spf", "--check-statics"]
     assert main([*given, *systems, "--out", str(tmp_path / "a")]) == 0
     assert "MODELLED, not measured: NVIDIA H100" in capsys.readouterr().out
     result = json.loads((tmp_path / "a/goodput.json").read_text())
     (measured,) = result["loads"]
     assert measured["systems"].keys() == {"static:1,1", "predictive+spf"}
+    assert set(measured["better_statics"]) <= {"static:1,1", "static:1,1+spf"}
     for name in ("attainment", "latency", "shares"):
         for suffix in ("png", "svg"):
             assert (tmp_path / f"a/sharegpt-{name}.{suffix}").stat().st_size > 1000
