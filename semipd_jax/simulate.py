@@ -1,5 +1,5 @@
-"""`python -m semipd_jax.simulate`: a load at one rate through policies and baselines, on a virtual
-clock. The highest rate that each of them bears is what `benchmarks.goodput` looks for."""
+"""`semipd-jax simulate` or `python -m semipd_jax.simulate`: a load at one rate through policies
+and baselines, on a virtual clock. `benchmarks.goodput` finds the highest rate that each bears."""
 
 import argparse
 import json
@@ -16,8 +16,11 @@ from semipd_jax.simulator.systems import parse, run_at
 _SYSTEMS: Final = "colocated chunked static:1,1 semi-pd predictive predictive+spf"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+def main(
+    arguments: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax.simulate"
+) -> int:
+    """Returns the exit status: 0, or 2 for a bad command line."""
+    args = _parser(prog).parse_args(arguments)
     try:
         result = _simulate(args)
     except (ConfigError, ValueError, OSError) as error:
@@ -47,9 +50,9 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     return head | {"systems": rows}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m semipd_jax.simulate",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -11,13 +11,13 @@ from semipd_jax.simulator.report import summary
 from semipd_jax.simulator.run import Outcome
 from semipd_jax.tuner.slo import SloTargets
 
-_NUM_BINS: Final = 120
+_NUM_BINS: Final = 60
 
 
 def result_of(found: Sequence[Found], targets: SloTargets) -> dict[str, Any]:
     """Of one subject: goodput in requests per second and device, and everything that was tried."""
     rates = [one.rate for one in found]
-    return {
+    result = {
         "goodput": sum(rates) / len(rates),
         "interval": list(mean_interval(rates)),
         "seeds": [
@@ -33,6 +33,19 @@ def result_of(found: Sequence[Found], targets: SloTargets) -> dict[str, Any]:
         ],
         "shares": _shares_over_time(found[0].best),
     }
+    return rounded(result)
+
+
+def rounded(value: Any) -> Any:
+    """To four digits: no result is better known."""
+    match value:
+        case float():
+            return float(f"{value:.4g}")
+        case dict():
+            return {key: rounded(item) for key, item in value.items()}
+        case list():
+            return [rounded(item) for item in value]
+    return value
 
 
 def _shares_over_time(outcome: Outcome) -> dict[str, Any] | None:
@@ -41,7 +54,7 @@ def _shares_over_time(outcome: Outcome) -> dict[str, Any] | None:
         return None
     edges = np.linspace(0.0, outcome.duration_s, _NUM_BINS + 1)
     means = {phase: _means(changes, edges) for phase, changes in outcome.shares.items()}
-    return {"ends_s": edges[1:].round(3).tolist(), **means}
+    return {"ends_s": edges[1:].tolist(), **means}
 
 
 def _means(changes: Sequence[tuple[float, float]], edges: np.ndarray) -> list[float]:
@@ -56,7 +69,7 @@ def _means(changes: Sequence[tuple[float, float]], edges: np.ndarray) -> list[fl
         index = np.maximum(np.searchsorted(at, when, side="right") - 1, 0)
         return area[index] + values[index] * (when - at[index])
 
-    return (np.diff(integral(edges)) / np.diff(edges)).round(4).tolist()
+    return (np.diff(integral(edges)) / np.diff(edges)).tolist()
 
 
 def rates_by_seed(result: Mapping[str, Any]) -> list[float]:

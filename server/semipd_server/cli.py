@@ -11,6 +11,7 @@ commands:
   top        watch a server in the terminal
   control    show or change a server's shares, policy and promises
   profile    measure step times on this machine, for the SLO tuner
+  simulate   a load under modes and policies, on a virtual clock
   complete   print a completion as it comes
 
 `semipd-jax COMMAND --help` lists the flags of one."""
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from semipd_jax import profile
 
             return profile.main(rest, prog="semipd-jax profile")
+        case "simulate":
+            from semipd_jax import simulate
+
+            return simulate.main(rest, prog="semipd-jax simulate")
         case "complete":
             from semipd_server import client
 
