@@ -88,18 +88,25 @@ class Shape:
         return min(self.block, self.page_size)
 
     @property
-    def width(self) -> int:
-        """Columns of the output that are written at once.
+    def value_dim(self) -> int:
+        """head_dim of values and output, padded so that TMA can copy a single row.
 
-        At head_dim 96 TMA drops the last 32: rows of 192 bytes would not start at multiples of 128.
+        A row in shared memory has to start at a multiple of 128 bytes; 96 items have 192. TMA fills
+        in zeros past the end of the values.
         """
-        return 64 if self.head_dim == 64 else 128
+        return -(-self.head_dim // 64) * 64
+
+    @property
+    def width(self) -> int:
+        """Columns of the output that are written at once."""
+        return min(self.value_dim, 128)
 
     @property
     def stages(self) -> int:
         """Blocks in a ring."""
         fixed = WARPGROUPS * ROWS * (self.head_dim + self.width) * 2
-        return min(4, (SHARED_BYTES - fixed) // (2 * self.block * self.head_dim * 2))
+        block = self.block * (self.head_dim + self.value_dim) * 2
+        return min(4, (SHARED_BYTES - fixed) // block)
 
 
 def paged_prefill_attention(
@@ -139,20 +146,19 @@ def paged_prefill_attention(
     max_tiles, head_tiles = len(tiles.table), N // shape.heads
     rows = (WARPGROUPS, ROWS)
     smem = functools.partial(tiled_smem, dtype=q.dtype, swizzle=128 if H % 64 == 0 else 64)
-    ring = smem((shape.stages, shape.block, H))
     full = plgpu.Barrier(num_arrivals=shape.block // shape.run, num_barriers=shape.stages)
     free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=shape.stages)
     out, lse = plgpu.kernel(
         _body(shape, head_tiles, scale, window, soft_cap),
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((T, N, shape.value_dim), q.dtype),
             jax.ShapeDtypeStruct((max_tiles, head_tiles, *rows), jnp.float32),
         ],
         scratch_types={
             "q_smem": smem((*rows, H)),
-            "k_smem": ring,
-            "v_smem": ring,
-            "out_smem": smem((*rows, shape.width), rows=1),
+            "k_smem": smem((shape.stages, shape.block, H)),
+            "v_smem": smem((shape.stages, shape.block, shape.value_dim)),
+            "out_smem": tiled_smem((*rows, shape.width), q.dtype, rows=1),
             "q_full": plgpu.Barrier(num_arrivals=shape.heads, num_barriers=WARPGROUPS),
             "k_full": full,
             "v_full": full,
@@ -170,7 +176,7 @@ def paged_prefill_attention(
     lse = lse.reshape(max_tiles, head_tiles, WARPGROUPS, shape.heads, shape.tokens)
     warpgroup, token = tiles.offset // shape.tokens, tiles.offset % shape.tokens
     lse = lse[tiles.of_token, :, warpgroup, :, token].reshape(T, N)
-    return out[:num_tokens], lse[:num_tokens]
+    return out[:num_tokens, :, :H], lse[:num_tokens]
 
 
 def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_cap: float | None):
@@ -293,7 +299,7 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
 
             pl.when(warpgroup == 1)(take_turn)
             state = (
-                full((ROWS, shape.head_dim), 0.0, layout),
+                full((ROWS, shape.value_dim), 0.0, layout),
                 full((ROWS,), LOWEST, layout.reduce(1)),
                 full((ROWS,), 0.0, layout.reduce(1)),
             )
@@ -314,9 +320,8 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
             end = lax.clamp(0, tile.end_token - first_token, tokens)
             smem = out_smem.at[warpgroup]
 
-            for first_column in range(0, shape.head_dim, shape.width):
-                num_columns = min(shape.width, shape.head_dim - first_column)
-                columns = pl.ds(0 * start + first_column, shape.width)
+            for first_column in range(0, shape.value_dim, shape.width):
+                columns = slice(first_column, first_column + shape.width)
 
                 def copy(first, size, columns=columns):
                     for head in range(heads):
@@ -327,7 +332,7 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
                             ],
                         )
 
-                smem[:, :num_columns] = out[:, first_column : first_column + num_columns]
+                smem[...] = out[:, columns]
                 plgpu.commit_smem()
                 is_whole = end - start == tokens
                 pl.when(is_whole)(functools.partial(copy, 0, tokens))
@@ -352,11 +357,12 @@ def _body(shape: Shape, head_tiles: int, scale: float, window: int | None, soft_
             kv_head = lax.div(head_tile * heads, shape.group)
 
             def fetch_pages(pages_ref, smem, full, free):
+                columns = pl.ds(0 * slot, smem.shape[-1])
                 plgpu.barrier_wait(free.at[slot])
                 for i, (key, page_id) in enumerate(zip(keys, page_ids, strict=True)):
                     start = lax.rem(key, shape.page_size)
                     plgpu.copy_gmem_to_smem(
-                        pages_ref.at[page_id, kv_head, pl.ds(start, shape.run)],
+                        pages_ref.at[page_id, kv_head, pl.ds(start, shape.run), columns],
                         smem.at[slot, pl.ds(i * shape.run, shape.run)],
                         full.at[slot],
                     )

@@ -16,7 +16,7 @@ from pallas_interpret import run_mosaic, run_triton
 
 from kernels_pallas.cases import Heads
 from kernels_pallas.checks import UnsupportedError
-from kernels_pallas.compat import plgpu
+from kernels_pallas.compat import plgpu, tiled_smem
 from kernels_pallas.paged_prefill_attention import IMPLEMENTATIONS, mosaic_gpu
 from kernels_pallas.paged_prefill_attention.cases import TESTS, Case
 from kernels_pallas.paged_prefill_attention.tiles import Tile, cut
@@ -163,6 +163,15 @@ def test_a_missing_synchronisation_is_caught(operation, place):
 def test_the_case_with_faults_has_none_itself():
     inputs = LONG.inputs()
     assert_matches(run_mosaic(mosaic(), *inputs), inputs)
+
+
+def test_rows_that_tma_cannot_copy_one_by_one_are_refused():
+    with pytest.raises(ValueError, match="1 rows have 192 bytes; allowed: multiples of 128"):
+        tiled_smem((64, 96), "float16", swizzle=64, rows=1)
+    for head_dim in mosaic_gpu.HEAD_DIMS:
+        shape = mosaic_gpu.Shape(1, head_dim, 64)
+        assert shape.value_dim % shape.width == 0
+        tiled_smem((64, shape.width), "float16", rows=1)
 
 
 @pytest.mark.parametrize(
