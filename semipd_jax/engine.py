@@ -9,6 +9,7 @@ in one program. Options are those of `python -m semipd_jax.serve`, by the same n
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -244,6 +245,12 @@ class Engine:
     def set_slo(self, **slo: Any) -> Partition:
         """See `EngineClient.set_slo`."""
         return self._run(lambda: self._engine.set_slo(**slo), timeout_s=_CALL_TIMEOUT_S)
+
+    def watch(self, *, interval_s: float = 1.0) -> Iterator[Stats]:
+        """Statistics, with the partition, now and then every `interval_s`."""
+        while True:
+            yield self.stats()
+            time.sleep(interval_s)
 
     def stop(self) -> None:
         """Ends what runs and every process. Safe to call twice."""

@@ -1,6 +1,7 @@
 """Policies on real engines: they move shares, and no token depends on it."""
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 from modelled_profile import save_profile
@@ -42,6 +43,7 @@ def test_policies_change_no_token_and_can_be_changed(compile_cache, tmp_path):
                 assert choice is not None
                 assert choice.prefill in (0.5, 1.0)
             await check_predictions(engine)
+            await check_watch(engine)
             await check_promises(engine)
 
     asyncio.run(run())
@@ -55,6 +57,13 @@ async def check_predictions(engine: AsyncEngine) -> None:
     assert stats.decode_error.count > 20
     partition = await engine.set_partition(prefill=1.0, decode=0.5)
     assert (partition.policy, partition.decode.asked) == ("static", 0.5)
+
+
+async def check_watch(engine: AsyncEngine) -> None:
+    async with aclosing(engine.watch(interval_s=0.05)) as watch:
+        first, second = await anext(watch), await anext(watch)
+    assert second.time_s - first.time_s >= 0.05
+    assert second.partition.policy == first.partition.policy == "static"
 
 
 async def check_promises(engine: AsyncEngine) -> None:

@@ -116,8 +116,7 @@ def test_the_hop_is_paid_once_where_steps_are_sent_ahead():
 def test_spf_lets_short_prompts_pass():
     rows = load((0.0, 100, 1), (0.01, 900, 1), (0.02, 50, 1))
     spf, fcfs = (
-        simulated(name, rows, chunk_tokens=128).ttft_s
-        for name in ("static:1,1+spf", "static:1,1")
+        simulated(name, rows, chunk_tokens=128).ttft_s for name in ("static:1,1+spf", "static:1,1")
     )
     assert spf[2] < 0.4 < 0.9 < fcfs[2]
 
