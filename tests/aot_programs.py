@@ -86,6 +86,11 @@ def attention_of_a_packed_batch(op: str) -> Program:
     return Program(lambda gpu: gpu.compile(call, queries, k_pages, v_pages, packed))
 
 
+def sorts_a_vocabulary() -> Program:
+    logits = jax.ShapeDtypeStruct((4, 128256), jnp.float32)
+    return Program(lambda gpu: gpu.compile(lambda x: lax.top_k(x, 64), logits))
+
+
 # ------------------------------------------------------------------------- steps
 
 

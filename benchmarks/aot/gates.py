@@ -14,6 +14,7 @@ _MAX_BLOCKS: Final = 32
 _RESERVED_SHARED_BYTES: Final = 1024
 _REGISTER_UNIT: Final = 256
 _PARTITIONS: Final = 4
+_MAX_SORTED: Final = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,12 @@ def graph_faults(report: Report) -> Iterator[str]:
         yield f"not one CUDA graph but: {', '.join(report.launches)}"
 
 
+def sort_faults(report: Report) -> Iterator[str]:
+    """Sampling sorts the vocabulary: what XLA makes of a `top_k` of its logits on a GPU."""
+    if report.longest_sort > _MAX_SORTED:
+        yield f"sorts rows of {report.longest_sort} items; allowed: {_MAX_SORTED}"
+
+
 def step_faults(report: Report, pool: Pool, limits: Limits) -> list[str]:
     """All that is wrong with a step of the engine."""
     return [
@@ -95,4 +102,5 @@ def step_faults(report: Report, pool: Pool, limits: Limits) -> list[str]:
         *in_place_faults(report, pool),
         *operand_faults(report),
         *graph_faults(report),
+        *sort_faults(report),
     ]

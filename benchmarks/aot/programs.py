@@ -82,7 +82,11 @@ class Program:
 
 def kernel(op: str, implementation: str, case_name: str) -> Program:
     """One op on one of its GPU cases."""
-    case = find_case(op, case_name)
+    return kernel_of(op, implementation, find_case(op, case_name))
+
+
+def kernel_of(op: str, implementation: str, case: Any) -> Program:
+    """One op on one case."""
     options = getattr(case, "options", {})
     call = functools.partial(getattr(kernels_pallas, op), implementation=implementation, **options)
     donated = _DONATED.get(op, ())

@@ -25,6 +25,7 @@ _LAUNCH: Final = re.compile(
 )
 _TRITON_NAME: Final = re.compile(r'"__gpu\$xla\.gpu\.triton".*?op_name="[^"]*?([^/"]+)/pallas_call')
 _COPY: Final = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* (?:\S+\) )?copy(?:-start)?\(")
+_SORT: Final = re.compile(r"= \(?\w+\[([\d,]+)\][^=]* sort\([^=]*, dimensions=\{(\d+)\}")
 _ITEM_BITS: Final = {"pred": 8, "c64": 64, "c128": 128}
 
 
@@ -57,6 +58,7 @@ class Report:
       temp_bytes: of temporaries, all at once.
       copies: size in bytes of what each `copy` of the program copies, largest first.
       num_sliced: kernels that read a slice of another array where it lies.
+      longest_sort: items of the longest rows that are sorted.
       launches: what the host starts, in order: "kCommandBuffer" is one CUDA graph.
       compile_s: time of tracing, lowering and compiling.
     """
@@ -67,6 +69,7 @@ class Report:
     temp_bytes: int
     copies: tuple[int, ...]
     num_sliced: int
+    longest_sort: int
     launches: tuple[str, ...]
     compile_s: float
 
@@ -91,6 +94,7 @@ def read(folder: Path, stats: dict[str, Any]) -> Report:
         kernels=tuple(_kernels(folder, text, thunks)),
         copies=tuple(sorted(copied_bytes(text), reverse=True)),
         num_sliced=text.count("calls=%dynamic-slice-fusion"),
+        longest_sort=max(sorted_items(text), default=0),
         launches=tuple(re.findall(r"^\d+: (k\w+)", thunks, re.MULTILINE)),
         **stats,
     )
@@ -102,6 +106,12 @@ def copied_bytes(program: str) -> Iterator[int]:
         bits = re.search(r"\d+", dtype)
         item_bits = _ITEM_BITS.get(dtype) or (int(bits[0]) if bits else 8)
         yield math.prod(int(n) for n in dims.split(",") if n) * item_bits // 8
+
+
+def sorted_items(program: str) -> Iterator[int]:
+    """Length of the rows that each sort instruction of an optimised HLO module sorts."""
+    for dims, dimension in _SORT.findall(program):
+        yield int(dims.split(",")[int(dimension)])
 
 
 def _thunks(program: Path) -> str:

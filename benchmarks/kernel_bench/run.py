@@ -3,7 +3,9 @@
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -14,7 +16,7 @@ from benchmarks import common
 from benchmarks.aot import programs
 from benchmarks.kernel_bench import numerics, ours, rates, torch_peers
 from benchmarks.kernel_bench.ours import Entry, Setting
-from benchmarks.kernel_bench.timing import Timing, time_in_turns
+from benchmarks.kernel_bench.timing import Contender, Timing, time_in_turns
 
 type Factory = Callable[[Setting], Entry]
 
@@ -84,20 +86,32 @@ def cases_of(ops: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 def _measure(op: str, case: Any, reached: Rates) -> Iterator[Row]:
     setting = ours.setting(op, case, l2_bytes=rates.L2_BYTES)
-    reference = _reference(setting)
-    entries: dict[str, Entry] = {}
-    for name, factory in factories(op).items():
+    with ThreadPoolExecutor() as executor:  # compiling takes longer than all the rest
+        reference = executor.submit(_reference, setting)
+        makers: dict[str, Callable[[], tuple[Contender, Any]]] = {
+            name: executor.submit(_prepare, factory, setting).result
+            for name, factory in factories(op).items()
+        }
+    # While torch records a CUDA graph, nobody else may allocate memory.
+    makers |= {name: partial(_prepare, factory, setting) for name, factory in peers(op).items()}
+    contenders: dict[str, Contender] = {}
+    results: dict[str, Any] = {}
+    for name, make in makers.items():
         try:
-            entries[name] = factory(setting)
-            entries[name].contender.run(1)
+            contenders[name], results[name] = make()
         except Exception as error:  # whatever a peer, or a compiler, may raise
-            entries.pop(name, None)
             yield Row(op, case.name, name, _in_short(error))
-    timings = time_in_turns({name: entry.contender for name, entry in entries.items()})
-    for name, timing in timings.items():
-        error, problem = _check(setting, entries[name].output(), reference)
+    for name, timing in time_in_turns(contenders).items():
+        error, problem = _check(setting, results[name], reference.result())
         rate, share = _rate(op, case, timing, reached)
         yield Row(op, case.name, name, problem, timing, rate, share, error)
+
+
+def _prepare(factory: Factory, setting: Setting) -> tuple[Contender, Any]:
+    """(what to time, compiled; what one call returns)."""
+    entry = factory(setting)
+    entry.contender.run(1)
+    return entry.contender, entry.output()
 
 
 def _in_short(error: Exception) -> str:
@@ -105,21 +119,27 @@ def _in_short(error: Exception) -> str:
 
 
 def factories(op: str) -> dict[str, Factory]:
-    """Contender → how it is made, of those whose packages are here."""
+    """Contender → how it is made, of those that are JAX programs."""
     found: dict[str, Factory] = {
         f"{OUR_PREFIX}{name}": lambda setting, name=name: ours.implementation(setting, name)
         for name in programs.implementations(op)
         if name != "reference" or op in ours.WRITES
     }
-    if op in ours.WRITES:
-        return found
     if op == "paged_decode_attention":
         found["jax pallas op"] = ours.jax_paged_attention
-    if _torch_has_cuda():
-        found["torch SDPA cuDNN"] = lambda s: torch_peers.sdpa(s, "CUDNN_ATTENTION")
-        found["torch SDPA flash"] = lambda s: torch_peers.sdpa(s, "FLASH_ATTENTION")
-        if importlib.util.find_spec("flashinfer"):
-            found["FlashInfer"] = torch_peers.flashinfer
+    return found
+
+
+def peers(op: str) -> dict[str, Factory]:
+    """The same of those that torch runs, if their packages are here."""
+    if op in ours.WRITES or not _torch_has_cuda():
+        return {}
+    found: dict[str, Factory] = {
+        "torch SDPA cuDNN": lambda s: torch_peers.sdpa(s, "CUDNN_ATTENTION"),
+        "torch SDPA flash": lambda s: torch_peers.sdpa(s, "FLASH_ATTENTION"),
+    }
+    if importlib.util.find_spec("flashinfer"):
+        found["FlashInfer"] = torch_peers.flashinfer
     return found
 
 

@@ -13,6 +13,7 @@ from benchmarks.aot.gates import (
     in_place_faults,
     kernel_faults,
     operand_faults,
+    sort_faults,
 )
 from benchmarks.aot.report import Kernel, Report
 from semipd_jax.runtime.described_gpu import Limits
@@ -95,6 +96,12 @@ def test_a_kernel_that_reads_from_inside_an_array_fails():
     assert fault.startswith("1 kernels read slices")
 
 
+def test_a_sorted_vocabulary_fails():
+    assert list(sort_faults(compiled("sorts_a_vocabulary"))) == [
+        "sorts rows of 128256 items; allowed: 8192"
+    ]
+
+
 def test_a_program_that_does_not_compile_says_why():
     with pytest.raises(CompileError, match=r"exceeds available shared memory"):
         compiled("mosaic_adds_one", 920)
@@ -123,6 +130,7 @@ def test_blocks_per_sm_of_a_hopper_gpu(registers, shared, threads, blocks):
 
 
 def test_gates_read_reports_as_they_are():
-    good = Report((), 0, 1000, 99, (49,), 0, ("kCommandBuffer",), 1.0)
+    good = Report((), 0, 1000, 99, (49,), 0, 8192, ("kCommandBuffer",), 1.0)
     pool = aot_programs.Pool(total=1000, layer=100, smallest=50)
-    assert not [*in_place_faults(good, pool), *operand_faults(good), *graph_faults(good)]
+    faults = [in_place_faults(good, pool), operand_faults(good), graph_faults(good)]
+    assert not [fault for found in [*faults, sort_faults(good)] for fault in found]

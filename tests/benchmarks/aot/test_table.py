@@ -27,7 +27,7 @@ def compiles(monkeypatch):
 
 
 def report(*kernels):
-    return Report(kernels, 5 << 40, 4 << 40, 1 << 20, (), 0, ("kCommandBuffer",), 1.0)
+    return Report(kernels, 5 << 40, 4 << 40, 1 << 20, (), 0, 0, ("kCommandBuffer",), 1.0)
 
 
 def run(capsys, *args):
