@@ -14,28 +14,24 @@ The memory owner is the real one, with a tiny random model.
 import argparse
 import asyncio
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import checkpoint, common, workload
 from benchmarks.coordinator_step import step_times_s
+from benchmarks.fake_engine import fake_engine
 from benchmarks.fake_worker import STEP_S
 from benchmarks.load import run_load
 from benchmarks.metrics import OK, Distribution, RequestRecord, distribution_ms, itl_s
 from benchmarks.processes import cpu_seconds
 from benchmarks.semipd import sender, wait_until_ready
-from semipd_jax import options
-from semipd_jax.launch.launcher import FrontEnd, Launcher, Modules
 from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
 from semipd_jax.simulator import arrivals
 from semipd_jax.transport.channels import CLIENTS, Link
 from semipd_server.client import AsyncClient
-from semipd_server.settings import Settings
 
 _STEP_ROWS: Final = (64, 256)
 _STEPS: Final = 1000
@@ -105,33 +101,12 @@ def _measure_coordinator() -> dict[int, dict[str, Any]]:
 def _measure_processes(args: argparse.Namespace, step_s: float) -> list[Run]:
     os.environ[STEP_S] = str(step_s)  # workers inherit it
     try:
-        with _engine(args.streams) as launcher:
+        with fake_engine(args.streams) as launcher:
             assert launcher.address is not None
             wait_until_ready(launcher.address, timeout_s=_TIMEOUT_S)
             return asyncio.run(_repeat(launcher.address, launcher.run_dir, args))
     finally:
         del os.environ[STEP_S]
-
-
-@contextmanager
-def _engine(num_streams: int) -> Iterator[Launcher]:
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint.write_metadata(Path(directory), checkpoint.TINY)
-        config = options.build_config(
-            directory,
-            load_format="dummy",
-            kv_cache_memory_bytes=256 << 20,
-            max_num_seqs=num_streams,
-            max_num_batched_tokens=8192,
-        )
-        front_end = FrontEnd(module="semipd_server.main", extra=Settings(port=0).to_extra())
-        modules = Modules(worker="benchmarks.fake_worker")
-        launcher = Launcher(config, front_end=front_end, modules=modules)
-        launcher.start()
-        try:
-            yield launcher
-        finally:
-            launcher.stop()
 
 
 async def _repeat(address: str, run_dir: str, args: argparse.Namespace) -> list[Run]:

@@ -11,7 +11,17 @@ from typing import Final
 import numpy as np
 
 from semipd_jax.child import Child, run_child
-from semipd_jax.messages import DecodeStep, FromWorker, PrefillStep, StepDone, ToWorker, WorkerReady
+from semipd_jax.messages import (
+    ROW_SAMPLING,
+    DecodeStep,
+    FromWorker,
+    PrefillStep,
+    StepDone,
+    StepLogprobs,
+    ToWorker,
+    WorkerReady,
+)
+from semipd_jax.request import MAX_LOGPROBS
 from semipd_jax.transport.channels import WORKERS, Link
 
 STEP_S: Final = "SEMIPD_FAKE_STEP_S"
@@ -40,7 +50,22 @@ def main(child: Child) -> None:
 def _reply(worker_id: str, step: PrefillStep | DecodeStep, vocab_size: int) -> StepDone:
     num_rows = len(step.rows) // _ROW_BYTES
     tokens = (np.arange(num_rows, dtype=np.int32) + step.step_id * 17) % vocab_size
-    return StepDone(worker_id, step.step_id, tokens.tobytes(), device_s=0.0, num_compiles=0)
+    return StepDone(
+        worker_id,
+        step.step_id,
+        tokens.tobytes(),
+        device_s=0.0,
+        num_compiles=0,
+        logprobs=_logprobs(step, num_rows),
+    )
+
+
+def _logprobs(step: PrefillStep | DecodeStep, num_rows: int) -> StepLogprobs | None:
+    wanted = np.frombuffer(step.sampling, ROW_SAMPLING)["num_logprobs"]
+    if (wanted < 0).all():
+        return None
+    zeros = np.zeros((num_rows, MAX_LOGPROBS), np.float32)
+    return StepLogprobs(zeros[:, 0].tobytes(), zeros.tobytes(), zeros.tobytes())
 
 
 if __name__ == "__main__":

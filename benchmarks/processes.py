@@ -1,8 +1,14 @@
-"""CPU time of this process and its descendants, by name, from /proc."""
+"""An engine's processes from outside: CPU time, and the coordinator's state when all is done."""
 
 import os
+import time
 from pathlib import Path
 from typing import Final
+
+from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
+from semipd_jax.transport.channels import CLIENTS, Link
+
+_TIMEOUT_S: Final = 60.0
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -44,3 +50,23 @@ def _title(pid: int) -> str:
     except OSError:
         return str(pid)
     return b" ".join(words).decode(errors="replace").strip() or str(pid)
+
+
+def idle_stats(run_dir: str) -> Stats:
+    """The coordinator's, as soon as nothing runs, or after a while anyway."""
+    link = Link[FromCoordinator, ToCoordinator](
+        run_dir, CLIENTS, f"idle-{time.monotonic_ns()}", FromCoordinator
+    )
+    deadline = time.monotonic() + _TIMEOUT_S
+    try:
+        while True:
+            link.send(GetStats(1))
+            stats = link.receive(_TIMEOUT_S)
+            if not isinstance(stats, Stats):
+                raise RuntimeError("the coordinator does not answer")
+            is_idle = stats.num_running == 0 and stats.num_free_pages == stats.num_pages
+            if is_idle or time.monotonic() > deadline:
+                return stats
+            time.sleep(0.1)
+    finally:
+        link.close()

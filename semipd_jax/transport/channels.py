@@ -41,13 +41,14 @@ class Hub[Incoming, Outgoing]:
     """The coordinator's end: many peers, each known by name."""
 
     def __init__(self, run_dir: str, name: str, incoming: Any) -> None:
+        address = endpoint(run_dir, name)
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.bind(endpoint(run_dir, name))
+        self._socket.bind(address)
         self._path = Path(run_dir) / name
 
     def send(self, peer: str, message: Outgoing) -> bool:
@@ -79,7 +80,7 @@ class Link[Incoming, Outgoing]:
 
     def __init__(self, run_dir: str, name: str, identity: str, incoming: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(incoming)
-        self._socket = _dealer(zmq.Context.instance(), run_dir, name, identity)
+        self._socket = _dealer(zmq.Context.instance(), endpoint(run_dir, name), identity)
 
     def send(self, message: Outgoing) -> None:
         """Queues a message; raises BlockingIOError if the coordinator does not read."""
@@ -103,8 +104,9 @@ class AsyncLink[Incoming, Outgoing]:
 
     def __init__(self, run_dir: str, name: str, identity: str, incoming: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(incoming)
+        address = endpoint(run_dir, name)
         self._context = zmq.asyncio.Context()
-        self._socket = _dealer(self._context, run_dir, name, identity)
+        self._socket = _dealer(self._context, address, identity)
 
     def send(self, message: Outgoing) -> None:
         """Queues a message; raises BlockingIOError if the coordinator does not read."""
@@ -137,10 +139,10 @@ class Poller:
         self._poller.poll(int(timeout_s * 1000))
 
 
-def _dealer(context: Any, run_dir: str, name: str, identity: str) -> Any:
+def _dealer(context: Any, address: str, identity: str) -> Any:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
     socket.setsockopt(zmq.LINGER, 1000)
     socket.set_hwm(_HIGH_WATER_MARK)
-    socket.connect(endpoint(run_dir, name))
+    socket.connect(address)
     return socket

@@ -14,6 +14,7 @@ from semipd_server.auth import AuthInterceptor, Keys
 from semipd_server.calls import CallInterceptor
 from semipd_server.control import ControlServicer
 from semipd_server.gate import Gate
+from semipd_server.malformed import MessageInterceptor
 from semipd_server.pb import control_pb2_grpc as control_grpc
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
@@ -44,7 +45,11 @@ class Server:
         self._settings = settings
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(gate.calls), AuthInterceptor(Keys(settings.api_keys))],
+            interceptors=[
+                CallInterceptor(gate.calls),
+                AuthInterceptor(Keys(settings.api_keys)),
+                MessageInterceptor(),
+            ],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes(max_model_len)),
                 ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed

@@ -7,10 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from openai_rig import openai_client, request, while_serving
 from server_rig import Rig, Start, serving
 from tiny_tokenizers import save_byte_level
@@ -19,7 +16,6 @@ from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import load_tokenizer
 from semipd_server.openai import reply as reply_module
 from semipd_server.openai import server
-from semipd_server.openai.schema import INERT, ChatRequest, CompletionRequest
 
 
 def http_request(body: dict[str, Any]) -> bytes:
@@ -231,71 +227,3 @@ def test_a_hostile_chat_template_is_an_error_and_runs_nothing(
 
     asyncio.run(main())
     assert not (tmp_path / "MARK").exists()
-
-
-# ---------------------------------------------------------------- anything at all as a body
-
-_leaf = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
-)
-_json = st.recursive(
-    _leaf,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-_likely = st.sampled_from(
-    [1, 2, 0, -1, 0.5, True, "x", ["x"], [1], [[1]], {"5": 1.0}, {"include_usage": True}, None]
-)
-_names = sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *INERT})
-_message = st.fixed_dictionaries({"role": st.sampled_from(["user", "x"]), "content": st.text()})
-_body = st.fixed_dictionaries(
-    {"max_tokens": st.sampled_from([1, 2])},
-    optional={
-        "prompt": st.text(max_size=30) | st.lists(st.integers(0, 450), max_size=5) | _json,
-        "messages": st.lists(_message, max_size=3) | _json,
-    },
-).flatmap(
-    lambda body: st.dictionaries(st.sampled_from(_names), _likely | _json, max_size=2).map(
-        lambda more: more | body
-    )
-)
-
-
-def test_no_body_makes_the_server_fail(start: Start):
-    """Every answer is a success or the client's fault, whatever the body."""
-    paths = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-    bodies: list[Any] = []
-
-    @settings(
-        max_examples=300, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(_body | _json)
-    def draw(body: Any) -> None:
-        bodies.append(body)
-
-    draw()
-
-    async def post(client: httpx2.AsyncClient, rig: Rig, path: str, body: Any) -> httpx2.Response:
-        content = json.dumps(body).encode()
-        headers = {"content-type": "application/json"}
-        return await while_serving(rig, client.post(path, content=content, headers=headers))
-
-    async def main():
-        async with start() as rig, httpx2.AsyncClient(base_url=rig.url) as client:
-            statuses = set()
-            for i, body in enumerate(bodies):
-                path = paths[i % len(paths)] if i % 3 == 0 else paths[i % 2]
-                reply = await post(client, rig, path, body)
-                assert reply.status_code < 500, (path, body, reply.text)
-                statuses.add(reply.status_code)
-                if reply.status_code >= 400:
-                    assert reply.json()["error"]["message"]
-            assert {200, 400} <= statuses
-            assert rig.fake.running == {}
-            async with openai_client(rig) as openai:
-                create = openai.completions.create(model="tiny", prompt="Hi", max_tokens=2)
-                assert (await while_serving(rig, create)).choices
-
-    asyncio.run(main())

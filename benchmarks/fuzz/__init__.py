@@ -1,0 +1,1 @@
+"""`python -m benchmarks.fuzz`: inputs of every kind against every public surface."""

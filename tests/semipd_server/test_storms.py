@@ -1,0 +1,74 @@
+"""Very many clients at once, and clients that leave all together."""
+
+import asyncio
+import random
+from typing import Any
+
+import grpc
+from openai_rig import while_serving
+from server_rig import Rig, Start
+
+from semipd_jax.request import Delta, Finished
+from semipd_server.client import AsyncClient
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
+
+NUM_STREAMS = 1000
+NUM_TOKENS = 4
+
+
+async def follow(client: AsyncClient, number: int) -> list[int]:
+    """Tokens of one stream, and that it ended as it should."""
+    prompt = [2 + number % 90, 5]
+    events = client.generate(prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
+    seen = [event async for event in events]
+    assert isinstance(seen[-1], Finished)
+    return [t for event in seen if isinstance(event, Delta) for t in event.token_ids]
+
+
+def test_a_thousand_streams_at_once(start: Start):
+    async def main():
+        async with start(max_calls=NUM_STREAMS + 100) as rig:
+            clients = [AsyncClient(rig.address, retries=0) for _ in range(10)]
+            rig.fake.admits = True
+            streams = asyncio.gather(
+                *(follow(clients[i % len(clients)], i) for i in range(NUM_STREAMS))
+            )
+            await rig.fake.until(lambda: len(rig.fake.running) == NUM_STREAMS, stepping=False)
+            found = await while_serving(rig, streams)
+            for number, tokens in enumerate(found):
+                first = 2 + (2 + number % 90 + 5) % 95
+                assert tokens[0] == first, "streams are mixed up"
+                assert len(tokens) == NUM_TOKENS
+            for client in clients:
+                await client.close()
+
+    asyncio.run(main())
+
+
+async def leave(rig: Rig, channel: grpc.aio.Channel, rng: random.Random) -> None:
+    """A call that is cancelled before, between or after its first messages."""
+    stub: Any = pb_grpc.InferenceServiceStub(channel)
+    sampling = pb.SamplingParams(max_tokens=50, ignore_eos=True)
+    call = stub.Generate(pb.GenerateRequest(text="Hi", sampling=sampling))
+    if rng.random() < 0.7:
+        await call.read()
+    if rng.random() < 0.5:
+        await call.read()
+    call.cancel()
+
+
+def test_a_storm_of_cancels_leaves_nothing_behind(start: Start):
+    async def main():
+        rng = random.Random(0)
+        async with start() as rig:
+            for _ in range(3):
+                async with grpc.aio.insecure_channel(rig.address) as channel:
+                    calls = (leave(rig, channel, rng) for _ in range(100))
+                    await while_serving(rig, asyncio.gather(*calls))
+            await rig.fake.until(lambda: not rig.fake.running, stepping=False)
+            assert not rig.engine._streams
+            assert rig.front_end.gate.calls.num_running == 0
+            assert await while_serving(rig, rig.client.complete("Hi", max_tokens=2))
+
+    asyncio.run(main())
