@@ -7,6 +7,7 @@
    once and once with workers that pace the load. At once, tokens outrun the front end, which merges
    what has not been sent: that is the most the chain can carry. Paced, nearly
    every token should travel as a message of its own, and on time.
+3. The same at once, with an API key on every call and metrics read every second (`--guarded`).
 
 The memory owner is the real one, with a tiny random model.
 """
@@ -18,7 +19,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
+
+import httpx2
 
 from benchmarks import checkpoint, common, workload
 from benchmarks.coordinator_step import step_times_s
@@ -27,17 +31,20 @@ from benchmarks.fake_worker import STEP_S
 from benchmarks.load import run_load
 from benchmarks.metrics import OK, Distribution, RequestRecord, distribution_ms, itl_s
 from benchmarks.processes import cpu_seconds
-from benchmarks.semipd import sender, wait_until_ready
+from benchmarks.semipd import sender
+from semipd_jax.launch.launcher import Launcher
 from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
 from semipd_jax.simulator import arrivals
 from semipd_jax.transport.channels import CLIENTS, Link
-from semipd_server.client import AsyncClient
+from semipd_server.client import AsyncClient, Client
+from semipd_server.settings import Settings
 
 _STEP_ROWS: Final = (64, 256)
 _STEPS: Final = 1000
 _CONTEXT_LEN: Final = 1024
 _INPUT_LEN: Final = 32
 _TIMEOUT_S: Final = 120.0
+_KEY: Final = "benchmark"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nworkers answer {name}: {args.streams} streams, {args.repeat} repetitions")
         _print_runs(runs)
         result[name] = [asdict(run) for run in runs]
+    if args.guarded:
+        result["guarded"] = _compare_guarded(args)
     if args.json:
         common.write_json(args.json, result)
 
@@ -81,6 +90,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=512, help="tokens of each stream")
     parser.add_argument("--rate", type=float, default=12_000, help="tokens/s of paced workers")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions")
+    parser.add_argument(
+        "--guarded", action="store_true", help="measure what a key and metrics cost, too"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     return parser.parse_args(argv)
 
@@ -98,21 +110,57 @@ def _measure_coordinator() -> dict[int, dict[str, Any]]:
     return {rows: asdict(d) for rows, d in found.items()}
 
 
+def _compare_guarded(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs of two engines by turns: an open one, and one with a key whose metrics are read."""
+    rates: dict[str, list[float]] = {"open": [], "guarded": []}
+    locked = Settings(port=0, http_port=0, api_keys=(_KEY,))
+    with fake_engine(args.streams) as plain, fake_engine(args.streams, locked) as guarded:
+        for _ in range(args.repeat):
+            for name, engine, key in (("open", plain, None), ("guarded", guarded, _KEY)):
+                [run] = asyncio.run(_repeat(engine, args, 1, api_key=key))
+                rates[name].append(run.tokens_per_s)
+    ratio = median(rates["guarded"]) / median(rates["open"])
+    print(f"\nwith a key and metrics: {ratio:.3f} of the tokens/s without")
+    return {"ratio": ratio, "tokens_per_s": rates}
+
+
 def _measure_processes(args: argparse.Namespace, step_s: float) -> list[Run]:
     os.environ[STEP_S] = str(step_s)  # workers inherit it
     try:
         with fake_engine(args.streams) as launcher:
-            assert launcher.address is not None
-            wait_until_ready(launcher.address, timeout_s=_TIMEOUT_S)
-            return asyncio.run(_repeat(launcher.address, launcher.run_dir, args))
+            return asyncio.run(_repeat(launcher, args, args.repeat))
     finally:
         del os.environ[STEP_S]
 
 
-async def _repeat(address: str, run_dir: str, args: argparse.Namespace) -> list[Run]:
-    async with AsyncClient(address, retries=0) as client:
-        await _run(client, run_dir, args)  # warm-up
-        return [await _run(client, run_dir, args) for _ in range(args.repeat)]
+async def _repeat(
+    launcher: Launcher, args: argparse.Namespace, times: int, *, api_key: str | None = None
+) -> list[Run]:
+    assert launcher.address is not None
+    await asyncio.to_thread(_wait_until_ready, launcher.address, api_key)
+    reading = asyncio.create_task(_read_metrics(launcher.http_address, api_key))
+    try:
+        async with AsyncClient(launcher.address, api_key=api_key, retries=0) as client:
+            await _run(client, launcher.run_dir, args)  # warm-up
+            return [await _run(client, launcher.run_dir, args) for _ in range(times)]
+    finally:
+        reading.cancel()
+
+
+def _wait_until_ready(address: str, api_key: str | None) -> None:
+    with Client(address, api_key=api_key, retries=5) as client:
+        client.model_info()
+
+
+async def _read_metrics(url: str | None, api_key: str | None) -> None:
+    """Once a second, if there are any."""
+    if url is None:
+        return
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    async with httpx2.AsyncClient(base_url=url, headers=headers) as client:
+        while True:
+            (await client.get("/metrics")).raise_for_status()
+            await asyncio.sleep(1.0)
 
 
 async def _run(client: AsyncClient, run_dir: str, args: argparse.Namespace) -> Run:
