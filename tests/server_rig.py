@@ -68,12 +68,14 @@ async def serving(
     max_calls: int = 1000,
     settings: Settings | None = None,
     path: str = "tiny",
+    client: Callable[..., EngineClient] = EngineClient,
     **fields: Any,
 ) -> AsyncIterator[Rig]:
-    """`path` is the model's; `fields` are the fake coordinator's; the test makes its steps."""
+    """`path` is the model's, `client` makes the engine client; `fields` are the fake coordinator's.
+    The test makes its steps."""
     model = ModelConfig(path=path)
     settings = settings or Settings(port=0, http_port=0)
-    engine = EngineClient(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
+    engine = client(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
     control_socket = settings.control_path(run_dir)
     front_end = FrontEnd(
         settings,

@@ -1,8 +1,9 @@
 """`python -m semipd_server.main`: the front end, a child process of the launcher."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 
 from semipd_jax.child import Child, Command, run_child
 from semipd_jax.client import EngineClient
@@ -36,6 +37,7 @@ async def _run(child: Child) -> None:
         max_calls=limits.max_num_seqs + limits.max_num_queued_reqs + _SPARE_CALLS,
         control_socket=settings.control_path(child.spec.run_dir),
     )
+    closing = ExitStack()
     try:
         address, http_address = await front_end.start()
         tokenizer = await asyncio.to_thread(load_tokenizer, config.model.tokenizer_path)
@@ -45,7 +47,8 @@ async def _run(child: Child) -> None:
         layout = await _until_all_is_ready(commands, front_end)
         if layout is None:
             return
-        client = EngineClient(child.spec.run_dir, layout, tokenizer, config.model, defaults)
+        parts = (child.spec.run_dir, layout, tokenizer, config.model, defaults)
+        client = closing.enter_context(_engine_client(settings, *parts))
         await client.start()
         await front_end.serve(Engine(client, _info(config, model.architecture, layout)))
         ended = asyncio.ensure_future(
@@ -61,6 +64,22 @@ async def _run(child: Child) -> None:
         await client.close()
     finally:
         await front_end.stop()
+        await asyncio.to_thread(closing.close)
+
+
+@contextmanager
+def _engine_client(settings: Settings, *parts: Any) -> Iterator[EngineClient]:
+    """Made of these parts; its generations are traced if the settings say so."""
+    if settings.otlp_traces_endpoint is None:
+        yield EngineClient(*parts)
+        return
+    from semipd_server.tracing import TracedClient, otlp_tracing  # needs the extra `otel`
+
+    tracing = otlp_tracing(settings.otlp_traces_endpoint)
+    try:
+        yield TracedClient(tracing.tracer, *parts)
+    finally:
+        tracing.close()
 
 
 async def _commands(child: Child) -> AsyncIterator[Command]:

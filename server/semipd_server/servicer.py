@@ -16,6 +16,7 @@ from semipd_server.limits import MAX_ENTRIES, check_entries
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.status import abort_with
+from semipd_server.trace_context import set_trace_context
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,6 +45,7 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
         with self.gate.inside():
             try:
                 metadata = context.invocation_metadata() or ()
+                set_trace_context(dict(metadata))
                 if echo := [pair for pair in metadata if pair[0] == _REQUEST_ID_KEY]:
                     await context.send_initial_metadata(tuple(echo))
                 check_entries(request, self.gate.engine.info.max_model_len, self.entries)

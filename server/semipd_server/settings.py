@@ -2,6 +2,7 @@
 anything starts, and told to the front end's process alone."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -20,6 +21,7 @@ CONTROL_SOCKET: Final = "control.sock"
 _OFF: Final = "off"
 _EXTRA: Final = "openai"
 _HTTP_PACKAGES: Final = ("starlette", "uvicorn", "prometheus_client")
+_OTEL_PACKAGE: Final = "opentelemetry-exporter-otlp-proto-http"
 _FIELD: Final = "settings"  # of a child's `extra`
 
 
@@ -33,6 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
       ssl_keyfile, ssl_certfile: PEM files of the server's key and certificate chain.
       ssl_ca_certs: PEM file of the authorities that clients' certificates must come from.
       metrics_prefix: what names of metrics begin with, before a colon.
+      otlp_traces_endpoint: URL that spans are sent to; None sends none.
       control_socket: path of ControlService's socket; None puts it into the engine's private
         directory.
       expose_control: serve ControlService on the gRPC port too.
@@ -46,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
     metrics_prefix: str = "semipd"
+    otlp_traces_endpoint: str | None = None
     control_socket: str | None = None
     expose_control: bool = False
 
@@ -69,6 +73,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "metrics_prefix",
             prefix,
             "letters, digits and underscores, no digit first",
+        )
+        endpoint = self.otlp_traces_endpoint
+        require(
+            endpoint is None or re.fullmatch(r"https?://\S+", endpoint) is not None,
+            "otlp_traces_endpoint",
+            endpoint,
+            "an http:// or https:// URL",
+        )
+        require(
+            endpoint is None or otel_is_installed(),
+            "otlp_traces_endpoint",
+            endpoint,
+            "unset, unless semipd-jax[otel] is installed",
         )
         for key in self.api_keys:
             if not re.fullmatch("[!-~]+", key):
@@ -133,6 +150,10 @@ def http_is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in _HTTP_PACKAGES)
 
 
+def otel_is_installed() -> bool:
+    return any(importlib.metadata.distributions(name=_OTEL_PACKAGE))
+
+
 def vllm_is_installed() -> bool:
     """Whether vLLM's gRPC contract can be served beside ours."""
     return importlib.util.find_spec("smg_grpc_proto") is not None
@@ -179,6 +200,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
     )
     add("--metrics-prefix", "beginning of metrics' names [semipd]", metavar="NAME")
+    add("--otlp-traces-endpoint", "OpenTelemetry collector that gets spans", metavar="URL")
 
 
 def take_flags(

@@ -9,6 +9,7 @@ from semipd_server.auth import REFUSAL, Keys
 from semipd_server.gate import Gate
 from semipd_server.openai.errors import ApiError
 from semipd_server.openai.reply import Reply
+from semipd_server.trace_context import set_trace_context
 
 _OPEN_PATHS: Final = frozenset({"/health", "/dashboard"})  # the latter is a page without data
 _REQUEST_ID: Final = "x-request-id"
@@ -25,6 +26,7 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         request_id = headers.get(_REQUEST_ID)
+        set_trace_context(headers)
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start" and request_id is not None:
