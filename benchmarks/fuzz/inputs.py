@@ -85,7 +85,9 @@ _FLOATS: Final = (0.0, -0.0, 1.0, 0.5, -1.0, 2.0, 1e-30, 3e38, math.inf, -math.i
 _TEXTS: Final = ("", "x", "def main():", "\0", "é" * 40, "🌍", "a" * 3000, "user", "{{ 7*7 }}")
 _SCALARS: Final = {
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
-    FieldDescriptor.CPPTYPE_FLOAT: st.sampled_from(_FLOATS) | st.floats(width=32),
+    FieldDescriptor.CPPTYPE_FLOAT: st.one_of(
+        st.floats(0, 1, width=32), st.sampled_from(_FLOATS), st.floats(width=32)
+    ),
     FieldDescriptor.CPPTYPE_DOUBLE: st.sampled_from(_FLOATS) | st.floats(),
     FieldDescriptor.CPPTYPE_ENUM: st.integers(0, 4),
 }
@@ -98,6 +100,8 @@ _RANGES: Final = {
 _MAX_ENTRIES: Final = 320  # more than any bound of a list, fewer than a model's length
 _SMALL: Final = {"max_tokens": st.integers(1, 3)}
 """Fields that would make every request a long one."""
+_ALWAYS: Final = ("sampling", "sampling_params", "prompt", "input")
+"""Without these, a request is refused before anything else is looked at."""
 
 
 def message_bytes(kind: Descriptor) -> st.SearchStrategy[bytes]:
@@ -108,12 +112,20 @@ def message_bytes(kind: Descriptor) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def message(draw: st.DrawFn, kind: Descriptor) -> Any:
-    """Some fields set, to values at the edges of their types and of what is allowed."""
+    """A few of its fields set, or many, to values at the edges of their types and of what is
+    allowed; of alternatives, one."""
     found = GetMessageClass(kind)()
+    rarity = draw(st.sampled_from((60, 20, 3)))
+    alternatives = [oneof for oneof in kind.oneofs if len(oneof.fields) > 1]
+    for oneof in alternatives:
+        if oneof.name in _ALWAYS or draw(st.integers(1, rarity)) == 1:
+            _set(draw, found, draw(st.sampled_from(list(oneof.fields))))
     for field in kind.fields:
+        if field.containing_oneof in alternatives:
+            continue
         if field.name in _SMALL:
             setattr(found, field.name, draw(_SMALL[field.name]))
-        elif draw(st.integers(0, 2)) == 0 or field.containing_oneof is not None:
+        elif field.name in _ALWAYS or draw(st.integers(1, rarity)) == 1:
             _set(draw, found, field)
     return found
 
@@ -128,7 +140,7 @@ def _set(draw: st.DrawFn, found: Any, field: FieldDescriptor) -> None:
             else:
                 target[name] = draw(_scalar(value))
     elif field.message_type is not None:
-        many = draw(st.integers(0, 3)) if field.is_repeated else 1
+        many = draw(st.sampled_from((0, 1, 3))) if field.is_repeated else 1
         for part in (draw(message(field.message_type)) for _ in range(many)):
             target.append(part) if field.is_repeated else target.CopyFrom(part)
     elif field.is_repeated:
@@ -141,7 +153,8 @@ def _set(draw: st.DrawFn, found: Any, field: FieldDescriptor) -> None:
 def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.cpp_type in _RANGES:
         low, high = _RANGES[field.cpp_type]
-        return st.sampled_from([i for i in _INTS if low <= i <= high]) | st.integers(0, 400)
+        edges = st.sampled_from([i for i in _INTS if low <= i <= high])
+        return st.one_of(st.integers(0, 400), st.integers(0, 400), edges)
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
         is_bytes = field.type == FieldDescriptor.TYPE_BYTES
         return st.binary(max_size=20) if is_bytes else st.sampled_from(_TEXTS) | st.text(max_size=9)

@@ -39,12 +39,10 @@ def test_no_input_makes_the_server_fail(tmp_path: Path):
     assert left == 0
     answers = outcome.answers
     assert answers.total() >= 800
-    for expected in (
-        *("POST /v1/completions 200", "POST /v1/completions 400", "POST /absent 404"),
-        *("/semipd.v1.InferenceService/Generate OK", "/vllm.grpc.engine.VllmEngine/Generate OK"),
-        "/semipd.v1.InferenceService/Generate INVALID_ARGUMENT",
-    ):
-        assert answers[expected] > 0, answers
+    for ending in ("/v1/completions 200", "/v1/completions 400", "/absent 404"):
+        assert answers[f"POST {ending}"] > 0, ending
+    for ending in ("Generate OK", "Generate INVALID_ARGUMENT"):
+        assert sum(n for answer, n in answers.items() if answer.endswith(ending)) > 0, ending
 
 
 def test_a_server_that_fails_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
