@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Final
 
 import psutil
 
 from benchmarks import common
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
+
+_LADDER: Final = (0.5,)
+NUM_WORKERS: Final = 4
 
 
 def workload(num_requests: int) -> list[tuple[list[int], dict[str, float]]]:
@@ -60,6 +64,15 @@ async def kill_workers(every_s: float, counts: dict[str, int]) -> None:
             counts[name] = counts.get(name, 0) + 1
 
 
+async def all_workers_ready(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(120):
+        while True:
+            partition = await engine.partition()
+            if len(partition.prefill.warm) + len(partition.decode.warm) == NUM_WORKERS:
+                return
+            await asyncio.sleep(0.1)
+
+
 def private_mib() -> dict[str, float]:
     """Of the processes that are never replaced."""
     kept = ("memory owner", "coordinator")
@@ -67,15 +80,18 @@ def private_mib() -> dict[str, float]:
     return {name: processes[name].memory_full_info().uss / 2**20 for name in kept}
 
 
-async def chaos(args: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
-    """What happened, and what should not have."""
+async def chaos(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What happened, and what should not have. `args.free_bytes`, if it is not None, tells how much
+    memory of the device is free."""
     wrong: list[str] = []
     kills: dict[str, int] = {}
     rounds = 0
-    options = {"max_num_seqs": 8, "share_ladder": (0.5,), "enable_prefix_caching": False}
-    async with AsyncEngine(args.model, **options) as engine:
+    free_bytes = args.free_bytes or (lambda: 0)
+    options = {"max_num_seqs": 8, "share_ladder": _LADDER, "enable_prefix_caching": False}
+    async with AsyncEngine(args.model, device=args.device, **options) as engine:
         undisturbed = await run_all(engine, args.requests)
         before = private_mib()
+        free_before = free_bytes()
         killing = asyncio.ensure_future(kill_workers(args.every, kills))
         end_s = time.monotonic() + 60 * args.minutes
         while time.monotonic() < end_s:
@@ -89,7 +105,9 @@ async def chaos(args: argparse.Namespace) -> tuple[dict[str, object], list[str]]
                 wrong.append(f"round {rounds}: {stats.num_free_pages} of {stats.num_pages} free")
             print(f"round {rounds}: {sum(kills.values())} kills", file=sys.stderr, flush=True)
         killing.cancel()
+        await all_workers_ready(engine)
         after = private_mib()
+        lost_bytes = free_before - free_bytes()
     wrong += [
         f"{name} grew from {before[name]:.0f} to {after[name]:.0f} MiB"
         for name in before
@@ -102,6 +120,7 @@ async def chaos(args: argparse.Namespace) -> tuple[dict[str, object], list[str]]
         "kills": kills,
         "private_mib_before": before,
         "private_mib_after": after,
+        "lost_device_bytes": lost_bytes,
         "wrong": wrong,
     }
     return what, wrong
@@ -114,12 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=str(MODEL_DIR), help="model directory")
+    parser.add_argument("--device", default="auto", help="where workers run")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two kills")
     parser.add_argument("--requests", type=int, default=24, help="requests of a round")
     parser.add_argument("--growth-mib", type=float, default=16.0, help="allowed growth")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(free_bytes=None))
     result = common.header(vars(args))
     what, wrong = asyncio.run(chaos(args))
     for name, value in what.items():

@@ -4,19 +4,18 @@ Each phase has a core of its own, so that the phases do not show in each other's
 
 On the ladder: the decode phase moves between two rungs with the same core (0.5 and a hair less),
 so that nothing but the move itself can show. After each move, and as often after a moment without
-one, the longest of a stream's next gaps between tokens is taken; the two alternate in random order,
-and the difference of their distributions is the cost of a move.
+one, the longest of a stream's next gaps between tokens is taken; the two alternate in random order.
+The time that a move adds is the difference of the two distributions.
 
-Beside the ladder: the gaps while a worker starts in the background and takes over, against the gaps
-before it was asked for and after it was let go.
+Beside the ladder: the gaps while a worker starts in the background, takes over and is let go,
+against those of quiet times before and after.
+
+Both run in rounds; the interval behind a number is that of 1,000 resamplings (5 % to 95 %).
 """
 
 import argparse
 import asyncio
-import contextlib
-import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,14 +23,16 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import common
+from benchmarks.switching import Streams, moves_and_none, start_beside
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
-from semipd_jax.request import Delta
 
 _RUNGS: Final = (0.499, 0.5)
 _BESIDE: Final = 0.498
-_GAPS: Final = 4
-"""A move shows within the steps that were in flight when it was asked for and the next one."""
+_QUIET_S: Final = 10.0
+_RESAMPLINGS: Final = 1000
+TARGET_ADDED_MS: Final = 2.0
+TARGET_RATIO: Final = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,94 +50,60 @@ class Gaps:
         return Gaps(len(seconds), float(p50), float(p99), float(most))
 
 
-class Streams:
-    """Requests that decode without end, and the moment of every token of the first one."""
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number, the interval that resampling gives it, and what it was in each round."""
 
-    def __init__(self, engine: AsyncEngine, num_streams: int) -> None:
-        self.times: list[float] = []
-        self._engine = engine
-        self._tasks = [asyncio.ensure_future(self._run(i)) for i in range(num_streams)]
-        self._tasks.append(asyncio.ensure_future(self._prefill()))
+    value: float
+    low: float
+    high: float
+    by_round: tuple[float, ...]
+    target: float
 
-    async def _run(self, index: int) -> None:
-        while True:
-            prompt = [5 + index, 6, 7]
-            async for event in self._engine.generate(prompt, max_tokens=1500, ignore_eos=True):
-                if index == 0 and isinstance(event, Delta):
-                    self.times.append(time.monotonic())
+    @property
+    def is_met(self) -> bool:
+        return self.value <= self.target
 
-    async def _prefill(self) -> None:
-        """Keeps both phases at work: one that is alone would not leave its largest share."""
-        for i in range(10**9):
-            await self._engine.complete([i % 1000, 9, 8], max_tokens=1)
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"is_met": self.is_met}
 
-    async def tokens(self, count: int) -> None:
-        wanted = len(self.times) + count
-        while len(self.times) < wanted:
-            await asyncio.sleep(0.001)
-
-    async def longest_gap(self) -> float:
-        """Of the next few gaps."""
-        first = len(self.times) - 1
-        await self.tokens(_GAPS)
-        return float(np.diff(self.times[first : first + _GAPS + 1]).max())
-
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+    def __str__(self) -> str:
+        verdict = "met" if self.is_met else "MISSED"
+        interval = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.value:.2f} ({interval}), target {self.target}: {verdict}"
 
 
-async def on_the_ladder(engine: AsyncEngine, streams: Streams, moves: int) -> dict[str, Gaps]:
-    rng = random.Random(0)
-    found: dict[str, list[float]] = {"move": [], "no move": []}
-    rung = 0
-    plan = ["move", "no move"] * moves
-    rng.shuffle(plan)
-    for kind in plan:
-        await streams.tokens(rng.randrange(2, 6))
-        if kind == "move":
-            rung = 1 - rung
-        await engine.set_partition(decode=_RUNGS[rung])
-        found[kind].append(await streams.longest_gap())
-    return {kind: Gaps.of(gaps) for kind, gaps in found.items()}
+type Rounds = Sequence[tuple[Sequence[float], Sequence[float]]]
+"""Of each round: with the change, and without."""
 
 
-async def beside_the_ladder(engine: AsyncEngine, streams: Streams, repeat: int) -> dict[str, Gaps]:
-    quiet: list[float] = []
-    changing: list[float] = []
-    for _ in range(repeat):
-        quiet += await _gaps_until(streams, _lasting(10.0))
-        await engine.set_partition(decode=_BESIDE)
-        changing += await _gaps_until(streams, lambda: _is_warm(engine, _BESIDE))
-        await engine.set_partition(decode=_RUNGS[1])
-        quiet += await _gaps_until(streams, _lasting(10.0))
-    return {"undisturbed": Gaps.of(quiet), "while a worker starts": Gaps.of(changing)}
+def estimate(
+    rounds: Rounds, statistic: Callable[[np.ndarray, np.ndarray], float], target: float
+) -> Estimate:
+    """`statistic` (with, without) of all rounds together."""
+    rng = np.random.default_rng(0)
+    changed, unchanged = (
+        np.concatenate([np.asarray(pair[i]) for pair in rounds]) for i in range(2)
+    )
+    resampled = [
+        statistic(rng.choice(changed, changed.size), rng.choice(unchanged, unchanged.size))
+        for _ in range(_RESAMPLINGS)
+    ]
+    low, high = np.percentile(resampled, (5, 95))
+    by_round = tuple(statistic(np.asarray(a), np.asarray(b)) for a, b in rounds)
+    return Estimate(statistic(changed, unchanged), float(low), float(high), by_round, target)
 
 
-def _lasting(seconds: float) -> Any:
-    end_s = time.monotonic() + seconds
-
-    async def is_over() -> bool:
-        return time.monotonic() > end_s
-
-    return is_over
+def added_p99_ms(changed: np.ndarray, unchanged: np.ndarray) -> float:
+    return float(1000 * (np.percentile(changed, 99) - np.percentile(unchanged, 99)))
 
 
-async def _is_warm(engine: AsyncEngine, share: float) -> bool:
-    return share in (await engine.partition()).decode.warm
+def p99_ratio(changed: np.ndarray, unchanged: np.ndarray) -> float:
+    return float(np.percentile(changed, 99) / np.percentile(unchanged, 99))
 
 
-async def _gaps_until(streams: Streams, is_over: Any) -> list[float]:
-    first = len(streams.times)
-    while not await is_over():
-        await asyncio.sleep(0.1)
-    return np.diff(streams.times[first:]).tolist()
-
-
-async def measure(args: argparse.Namespace) -> dict[str, dict[str, Gaps]]:
+async def measure(args: argparse.Namespace) -> tuple[Rounds, Rounds]:
+    """The rounds on the ladder, and those beside it."""
     options = {
         "max_num_seqs": 8,
         "prefill_share_ladder": (_RUNGS[1],),
@@ -145,12 +112,48 @@ async def measure(args: argparse.Namespace) -> dict[str, dict[str, Gaps]]:
     async with AsyncEngine(args.model, **options) as engine:
         streams = Streams(engine, args.streams)
         await streams.tokens(50)
-        result = {
-            "on the ladder": await on_the_ladder(engine, streams, args.moves),
-            "beside the ladder": await beside_the_ladder(engine, streams, args.repeat),
-        }
+        per_round = -(-args.moves // args.rounds)
+        on = [
+            await moves_and_none(engine, streams, _RUNGS, per_round, seed)
+            for seed in range(args.rounds)
+        ]
+        beside = [
+            await start_beside(engine, streams, _BESIDE, _RUNGS[1], _QUIET_S)
+            for _ in range(args.rounds)
+        ]
         await streams.stop()
-    return result
+    return on, beside
+
+
+def summarise(on: Rounds, beside: Rounds) -> dict[str, Any]:
+    """Prints what was found and returns it for the JSON file."""
+    found: dict[str, Any] = {}
+    for name, rounds, kinds, label, result in (
+        (
+            "on the ladder",
+            on,
+            ("move", "no move"),
+            "added_p99_ms",
+            estimate(on, added_p99_ms, TARGET_ADDED_MS),
+        ),
+        (
+            "beside the ladder",
+            beside,
+            ("while a worker starts", "undisturbed"),
+            "p99_ratio",
+            estimate(beside, p99_ratio, TARGET_RATIO),
+        ),
+    ):
+        gaps = {
+            kind: Gaps.of([gap for pair in rounds for gap in pair[i]])
+            for i, kind in enumerate(kinds)
+        }
+        print(f"\n{name}: gaps between tokens, ms")
+        rows = [(kind, g.count, g.p50, g.p99, g.max) for kind, g in gaps.items()]
+        common.print_table(("", "count", "p50", "p99", "max"), rows)
+        print(f"{label}: {result}")
+        found[name] = {kind: asdict(g) for kind, g in gaps.items()} | {label: result.as_json()}
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,16 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default=str(MODEL_DIR), help="model directory")
     parser.add_argument("--streams", type=int, default=4, help="requests that decode")
-    parser.add_argument("--moves", type=int, default=500, help="moves between rungs")
-    parser.add_argument("--repeat", type=int, default=3, help="moves beside the ladder")
+    parser.add_argument("--moves", type=int, default=500, help="moves between rungs, in all")
+    parser.add_argument("--rounds", type=int, default=4, help="one worker beside the ladder each")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args(argv)
     result = common.header(vars(args))
-    for name, gaps in asyncio.run(measure(args)).items():
-        print(f"\n{name}: gaps between tokens, ms")
-        rows = [(kind, g.count, g.p50, g.p99, g.max) for kind, g in gaps.items()]
-        common.print_table(("", "count", "p50", "p99", "max"), rows)
-        result[name] = {kind: asdict(g) for kind, g in gaps.items()}
+    result |= summarise(*asyncio.run(measure(args)))
     if args.json:
         common.write_json(args.json, result)
 

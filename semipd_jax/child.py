@@ -26,6 +26,7 @@ from setproctitle import setproctitle
 
 from semipd_jax import errors, logs
 from semipd_jax.messages import (
+    Alive,
     ChildSpec,
     Drain,
     Failed,
@@ -44,6 +45,7 @@ type Command = WorkerLost | Serve | WaitingFor | Drain
 
 GRACE_S: Final = 10.0
 _SPEC_TIMEOUT_S: Final = 30.0
+_SIGN_EVERY_S: Final = 1.0
 _MAX_LINE_BYTES: Final = 1 << 20
 
 _log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Child:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._report_fd = report_fd
         self._report_lock = threading.Lock()
+        self._alive_s = 0.0
 
     def fileno(self) -> int:
         """Becomes readable when a command arrives or a stop is asked for; `receive` resets it."""
@@ -87,14 +90,28 @@ class Child:
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self.send(Progress(stage=stage, done=done, total=total, detail=detail))
 
+    def alive(self) -> None:
+        """Says that this process does not hang, once a second at most."""
+        if time.monotonic() - self._alive_s >= _SIGN_EVERY_S:
+            self._alive_s = time.monotonic()
+            self.send(Alive())
+
     def ready(
         self,
         *,
         layout: MemoryLayout | None = None,
         address: str | None = None,
         http_address: str | None = None,
+        private_bytes: int | None = None,
     ) -> None:
-        self.send(Ready(layout=layout, address=address, http_address=http_address))
+        self.send(
+            Ready(
+                layout=layout,
+                address=address,
+                http_address=http_address,
+                private_bytes=private_bytes,
+            )
+        )
 
     def send(self, message: FromChild) -> None:
         """Reports to the launcher. Does nothing if it is gone: `stopping` says so."""

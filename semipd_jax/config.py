@@ -25,8 +25,9 @@ type LogLevel = Literal["debug", "info", "warning", "error"]
 
 POLICIES: Final = get_args(SharePolicy.__value__)
 
-MAX_RUNGS: Final = 8
-"""Shares on a ladder; each is a process per phase."""
+MAX_WORKERS: Final = 48
+"""Clients that MPS takes on one GPU from Volta on, by the guides up to driver 550; later ones say
+60. Each worker is one, and nothing else of an engine is."""
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -204,7 +205,19 @@ class ShareConfig:
         for name, ladder in ladders:
             for value in ladder:
                 require_share(name, value)
-            require(len(ladder) <= MAX_RUNGS, name, ladder, f"at most {MAX_RUNGS} shares")
+        require(
+            self.max_num_workers <= MAX_WORKERS,
+            "share_ladder",
+            self.ladder,
+            f"shares that make at most {MAX_WORKERS} workers: one per phase and share, and one per "
+            f"phase beside the ladder; with prefill_share_ladder {self.prefill_ladder} and "
+            f"decode_share_ladder {self.decode_ladder} these make {self.max_num_workers}",
+        )
+
+    @property
+    def max_num_workers(self) -> int:
+        """One per rung and phase, and one per phase at a share off its ladder."""
+        return sum(len(self.rungs(phase)) + 1 for phase in ("prefill", "decode"))
 
     def rungs(self, phase: Literal["prefill", "decode"]) -> tuple[float, ...]:
         """The shares of a phase whose workers are kept warm, smallest first."""

@@ -430,6 +430,10 @@ class ShareUnavailable(Line, frozen=True):
 type ToChild = ChildSpec | WorkerLost | Serve | WaitingFor | Drain | ShareUnavailable
 
 
+FROM_CACHE: Final = "from the compile cache"
+"""Stage of a worker's progress that says how many of its programs it did not have to compile."""
+
+
 class Progress(Line, frozen=True):
     stage: str
     done: int
@@ -439,11 +443,16 @@ class Progress(Line, frozen=True):
 
 class Ready(Line, frozen=True):
     """The child did its part of the start-up. The memory owner's carries the layout, the front
-    end's says where it listens."""
+    end's says where it listens, a worker's what it holds of the host's memory for itself."""
 
     layout: MemoryLayout | None = None
     address: str | None = None
     http_address: str | None = None
+    private_bytes: int | None = None
+
+
+class Alive(Line, frozen=True):
+    """The child's loop turns."""
 
 
 class Stalled(Line, frozen=True):
@@ -475,4 +484,4 @@ class Failed(Line, frozen=True):
 type ToLauncher = Stalled | StartWorker | RetireWorker
 """What the coordinator asks of the launcher."""
 
-type FromChild = Progress | Ready | Failed | ToLauncher
+type FromChild = Progress | Ready | Failed | Alive | ToLauncher

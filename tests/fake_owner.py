@@ -15,6 +15,7 @@ def main(child: Child) -> None:
     config = child.spec.config
     if config.model.seed == 13:
         raise CheckpointError("model.safetensors is damaged")
+    child.progress("load weights", 1, 1)
     num_rows = config.scheduler.max_num_seqs + 1
     directory = Path(child.spec.run_dir)
     pool = NUM_PAGES, PAGE_SIZE

@@ -1,7 +1,8 @@
 """`python -m fake_worker`: a worker process whose device is `fake_device`.
 
 A file in the run directory changes what workers of a phase do: with `die-PHASE` they die at start,
-with `sleep-PHASE` they never become ready, with `hang-PHASE` one holds the next step for good.
+with `sleep-PHASE` they never become ready, with `hang-PHASE` one holds the next step for good, with
+`fail-PHASE` one fails in the next step, with `stay-PHASE` they do not leave when they are asked to.
 """
 
 import os
@@ -41,9 +42,14 @@ def main(child: Child) -> None:
         if (directory / f"hang-{spec.phase}").exists():
             (directory / f"hang-{spec.phase}").unlink()
             time.sleep(3600)
+        if (directory / f"fail-{spec.phase}").exists():
+            (directory / f"fail-{spec.phase}").unlink()
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
         if step is not None:
             link.send(device.run(step, worker_id))
     link.close()
+    while (directory / f"stay-{spec.phase}").exists():
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

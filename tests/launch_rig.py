@@ -38,7 +38,10 @@ def children() -> dict[str, psutil.Process]:
     """This process's children by the name they gave themselves."""
     found = {}
     for process in psutil.Process().children():
-        title = " ".join(process.cmdline()).strip()
+        try:
+            title = " ".join(process.cmdline()).strip()
+        except psutil.Error:  # it has just ended
+            continue
         if title.startswith("semipd: "):
             found[title.removeprefix("semipd: ")] = process
     return found

@@ -4,13 +4,16 @@ All functions take the `terms` of `shares.host`, so they run on a CPU as well, w
 shared.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Final
 
+from benchmarks.gpu.part import Outcome, Setting
 from benchmarks.gpu.peers import peers
-from semipd_jax.config import Platform
+from semipd_jax.config import Platform, ShareConfig
 from semipd_jax.messages import Phase
+from semipd_jax.shares.backend import host
 
 SHARES: Final = (0.2, 0.4, 0.6, 0.8, 1.0)
 _SECONDS: Final = 2.0
@@ -29,6 +32,11 @@ class Gemm:
 GEMMS: Final[Mapping[Phase, Gemm]] = {
     "prefill": Gemm(2048, 4096, 28672),  # the gate and up projections of an 8B model, one chunk
     "decode": Gemm(64, 4096, 28672),
+}
+
+_REHEARSAL: Final[Mapping[Phase, Gemm]] = {
+    "prefill": Gemm(64, 128, 256),
+    "decode": Gemm(4, 128, 256),
 }
 
 
@@ -52,6 +60,39 @@ class InterferenceResult:
     decode_us: float
     prefill_slowdown: float
     decode_slowdown: float
+
+
+def run(setting: Setting) -> Outcome:
+    """Fails if a share is not kept: each process verifies its own."""
+    sizes = _REHEARSAL if setting.is_rehearsal else GEMMS
+    shares = (0.5, 1.0) if setting.is_rehearsal else SHARES
+    seconds = 0.1 if setting.is_rehearsal else _SECONDS
+    with (
+        tempfile.TemporaryDirectory(prefix="semipd-") as run_dir,
+        host(setting.platform, ShareConfig(mps="on"), run_dir, setting.num_sms) as terms,
+    ):
+        alone = check_shares(setting.platform, terms, shares, gemms=sizes, seconds=seconds)
+        both = check_interference(setting.platform, terms, alone, gemms=sizes, seconds=seconds)
+    details = {"alone": [asdict(r) for r in alone], "interference": [asdict(r) for r in both]}
+    return Outcome(True, tuple(_in_words(alone, both)), details)
+
+
+def _in_words(
+    alone: Sequence["ShareResult"], both: Sequence["InterferenceResult"]
+) -> Iterator[str]:
+    for phase in GEMMS:
+        mine = [result for result in alone if result.phase == phase]
+        whole_us = mine[-1].gemm_us
+        times = ", ".join(f"{r.share:g}: {r.gemm_us / whole_us:.2f}x ({r.grant})" for r in mine)
+        yield f"{phase} GEMM against its time at {mine[-1].share:g}, {whole_us:.0f} us: {times}"
+    worst_prefill = max(both, key=lambda r: r.prefill_slowdown)
+    worst_decode = max(both, key=lambda r: r.decode_slowdown)
+    for phase, r, factor in (
+        ("prefill", worst_prefill, worst_prefill.prefill_slowdown),
+        ("decode", worst_decode, worst_decode.decode_slowdown),
+    ):
+        at = f"prefill {r.prefill_share:g}, decode {r.decode_share:g}"
+        yield f"both at once: {phase} is slowed down most, {factor:.2f}x, at {at}"
 
 
 def check_shares(

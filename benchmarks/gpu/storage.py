@@ -8,12 +8,13 @@ cleanly, and the memory must come back.
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
-from benchmarks.gpu.peers import PeerError, answering, peers
+from benchmarks.gpu.part import Outcome, Setting
+from benchmarks.gpu.peers import PeerError, answer, answering, orders, peers
 from semipd_jax import cuda_driver
-from semipd_jax.config import Platform
+from semipd_jax.config import MpsMode, Platform, ShareConfig
 from semipd_jax.errors import EngineError
 from semipd_jax.shares import backend as shares
 from semipd_jax.storage import cpu, cuda
@@ -21,6 +22,7 @@ from semipd_jax.storage.backend import Reservation
 from semipd_jax.storage.manifest import STATE, Sharing, lay_out
 from semipd_jax.storage.server import MemoryServer
 
+_MODULE: Final = "benchmarks.gpu.storage"
 NUM_TURNS: Final = 10
 NUM_STEPS: Final = 1000
 _WIDTH: Final = 2048
@@ -36,12 +38,56 @@ class SharingResult:
     sharing: Sharing
     with_mps: bool
     failures: tuple[str, ...]
+    num_steps: int = 0
     step_us: tuple[float, ...] = ()
     lost_bytes: int = 0
 
     @property
     def passed(self) -> bool:
         return not self.failures
+
+
+def run(setting: Setting) -> Outcome:
+    """Each way in a process of its own: a process starts CUDA once, in or outside of MPS."""
+    if setting.is_rehearsal:
+        wanted: list[tuple[Sharing, MpsMode]] = [("memfd", "off")]
+    else:
+        wanted = [(sharing, mps) for sharing in ("vmm", "ipc") for mps in ("off", "on")]
+    found: list[str] = []
+    results: list[dict[str, Any]] = []
+    for sharing, mps in wanted:
+        setup = asdict(setting) | {"sharing": sharing, "mps": mps}
+        with peers(_MODULE, [setup]) as (owner,):
+            result = owner.hear()
+            owner.end()
+        results.append(result)
+        name = f"{sharing}, {'with' if mps == 'on' else 'without'} MPS"
+        steps = " and ".join(f"{us:.0f}" for us in result["step_us"])
+        found += [f"{name}: {failure}" for failure in result["failures"]] or [
+            f"{name}: {result['num_steps']} donated steps in place in each of two processes at "
+            f"once, {steps} us each"
+        ]
+    passed = not any(result["failures"] for result in results)
+    return Outcome(passed, tuple(found), {"results": results})
+
+
+def main() -> None:
+    """In the process of one way: it is told which."""
+    setup = next(orders())
+    is_rehearsal = setup["platform"] == "cpu"
+    sizes = {"num_rows": 1024, "num_steps": 100} if is_rehearsal else {}
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="semipd-") as run_dir,
+            shares.host(
+                setup["platform"], ShareConfig(mps=setup["mps"]), run_dir, setup["num_sms"]
+            ) as terms,
+        ):
+            result = check_sharing(setup["sharing"], terms, **sizes)
+    except EngineError as error:
+        is_on = setup["mps"] == "on"
+        result = SharingResult(sharing=setup["sharing"], with_mps=is_on, failures=(str(error),))
+    answer(**asdict(result))
 
 
 def check_sharing(
@@ -75,6 +121,7 @@ def check_sharing(
         sharing=sharing,
         with_mps=with_mps,
         failures=tuple(failures),
+        num_steps=num_steps,
         step_us=tuple(times),
         lost_bytes=lost_bytes,
     )
@@ -128,3 +175,7 @@ def _exercise(
 def _free_bytes(platform: Platform) -> int:
     """Free device memory. Host memory is not compared: others use it as well."""
     return 0 if platform == "cpu" else int(cuda_driver.call("cuMemGetInfo")[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,7 @@ def main(child: Child) -> None:
         for client, message in clients.receive():
             coordinator.from_client(client, message)
         coordinator.watch()
+        child.alive()
     workers.close()
     clients.close()
 

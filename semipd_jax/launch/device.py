@@ -43,11 +43,11 @@ def choose(device: Device, run_dir: str) -> Chosen:
     if device == "cpu" or (device == "auto" and not _has_driver()):
         return Chosen("cpu")
     try:
-        gpu = _usable_gpu(run_dir)
+        gpu = usable_gpu(run_dir)
         return Chosen("cuda", gpu.num_sms, gpu.name)
     except StartupError as error:
         if device == "cuda":
-            raise
+            raise StartupError(f"device is 'cuda', but {error}") from error
         _log.warning("runs on the CPU: %s", error)
         return Chosen("cpu")
 
@@ -59,9 +59,10 @@ def cpu_name() -> str:
     return f"{next(named, 'CPU')}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _usable_gpu(run_dir: str) -> DeviceInfo:
+def usable_gpu(run_dir: str) -> DeviceInfo:
+    """The first GPU. Raises StartupError that says what is missing."""
     if not _has_driver():
-        raise StartupError("device is 'cuda', but no NVIDIA driver is here")
+        raise StartupError("no NVIDIA driver is here")
     gpus = _ask_driver(run_dir)
     if not gpus:
         raise StartupError("the NVIDIA driver shows no GPU")

@@ -9,12 +9,14 @@ be rebuilt, and an orderly end is better than half a service.
 import contextlib
 import itertools
 import logging
+import math
 import queue
 import shutil
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,7 @@ from semipd_jax.launch import device
 from semipd_jax.launch.device import Chosen
 from semipd_jax.launch.process import Events, Exited, Process
 from semipd_jax.messages import (
+    Alive,
     ChildSpec,
     Drain,
     Failed,
@@ -47,6 +50,13 @@ from semipd_jax.shares import backend as shares
 MAX_FAILED_STARTS: Final = 5
 """Replacements of one worker that may fail in a row before they are ready. One that was killed from
 outside does not count: that says nothing about the worker."""
+
+COORDINATOR_SILENCE_S: Final = 30.0
+"""A coordinator that says nothing for this long is hung. It gives a sign of life every second."""
+
+LEAVE_S: Final = 8.0
+"""A worker that was asked to stop finishes its steps in this time or is taken off the device. Less
+than a child's own grace period: one that ends with work on a GPU could harm others there."""
 
 _TICK_S: Final = 1.0
 _STOP_S: Final = 12.0  # a little more than a child's own grace period
@@ -78,6 +88,7 @@ class _WorkerSlot:
 
     Attributes:
       is_extra: it was asked for while the engine runs, and may be given up.
+      private_bytes: of the host's memory, what it held for itself when it was ready.
       down_since_s: when a worker that was ready died; None while one is ready, and at the start.
       num_failed_starts: replacements in a row that ended themselves before they were ready.
     """
@@ -88,6 +99,7 @@ class _WorkerSlot:
     process: Process | None = None
     worker_id: str = ""
     is_ready: bool = False
+    private_bytes: int | None = None
     down_since_s: float | None = None
     num_failed_starts: int = 0
 
@@ -135,6 +147,10 @@ class Launcher:
         self._device = Chosen("cpu")
         self._share_terms: shares.Terms = {}
         self._retired: list[Process] = []
+        self._leaving: dict[Process, float] = {}  # workers asked to stop → until when they may stay
+        self._fallen: list[_WorkerSlot] = []  # to be started again when all that leave are gone
+        self._coordinator_heard_s = math.inf
+        self._thread: threading.Thread | None = None
         self._worker_numbers = itertools.count(1)
         self._layout: MemoryLayout | None = None
         self._started = threading.Event()
@@ -157,7 +173,8 @@ class Launcher:
           EngineError: of the kind that made the start fail; nothing is left behind.
         """
         self.run_dir = tempfile.mkdtemp(prefix="semipd-")
-        threading.Thread(target=self._supervise, name="launcher", daemon=True).start()
+        self._thread = threading.Thread(target=self._supervise, name="launcher", daemon=True)
+        self._thread.start()
         if not self._started.wait(self._config.timeouts.startup_s):
             waiting = ", ".join(self._not_ready())
             self._end(
@@ -182,17 +199,20 @@ class Launcher:
             self._front_end.wait(time.monotonic() + self._config.timeouts.shutdown_s + _STOP_S)
 
     def stop(self) -> None:
-        """Ends every process, politely, then by force. Safe to call at any time, and twice."""
+        """Ends every process, politely, then by force. Safe to call at any time, and twice.
+
+        Returns when none is left; from `on_progress`, at once: they end when that returns.
+        """
         self._stopping = True
         self._events.put(None)
-        if self.run_dir:
+        if self.run_dir and threading.current_thread() is not self._thread:
             self.finished.wait()
 
     def kill(self) -> None:
         """Ends every process now."""
         self._stopping = True
         for process in list(self._processes):
-            process.kill()
+            self._kill(process)
         self.stop()
 
     @property
@@ -234,10 +254,12 @@ class Launcher:
             event = self._events.get(timeout=_TICK_S)
         except queue.Empty:
             event = None
+            self._check_coordinator()
         if event is not None:
             self._handle(*event)
             self._tell_front_end()
         self._check_outages()
+        self._check_leaving()
 
     def _handle(self, process: Process, message: FromChild | Exited) -> None:
         match message:
@@ -248,6 +270,8 @@ class Launcher:
                 self._ready(process, message)
             case Failed():
                 self._last_words[process] = message
+            case Alive():
+                self._coordinator_heard_s = time.monotonic()
             case Stalled(worker_id=worker_id):
                 self._replace_stalled(worker_id)
             case StartWorker(phase=phase, share=share):
@@ -270,8 +294,10 @@ class Launcher:
                 self._start_next(phase)
         elif process is self._coordinator:
             self._coordinator_ready = True
+            self._coordinator_heard_s = time.monotonic()
         elif (slot := self._slot_of(process)) is not None:
             slot.is_ready = True
+            slot.private_bytes = message.private_bytes
             slot.down_since_s = None
             slot.num_failed_starts = 0
             self._start_next(slot.phase)
@@ -279,7 +305,15 @@ class Launcher:
             assert self._layout is not None
             if self._front_end is not None:
                 self._front_end.send(Serve(layout=self._layout))
+            self._log_memory()
             self._started.set()
+
+    def _log_memory(self) -> None:
+        """What warm workers cost, idle ones included."""
+        held = {slot.name: slot.private_bytes for slot in self._slots if slot.private_bytes}
+        each = ", ".join(f"{name} {num_bytes >> 20} MiB" for name, num_bytes in held.items())
+        total = sum(held.values()) >> 20
+        _log.info("%d workers hold %d MiB of host memory: %s", len(held), total, each)
 
     def _not_ready(self) -> list[str]:
         waits = [
@@ -301,6 +335,7 @@ class Launcher:
 
     def _exited(self, process: Process, status: int) -> None:
         self._processes.remove(process)
+        is_asked = self._leaving.pop(process, None) is not None
         words = self._last_words.pop(process, None)
         if self._stopping or (self._draining and process is self._front_end):
             return
@@ -311,7 +346,7 @@ class Launcher:
         if slot is None or not self._started.is_set():
             self._end(_failure(process.name, status, words))
         else:
-            self._replace(slot, status, words)
+            self._replace(slot, status, words, is_asked=is_asked)
 
     # ------------------------------------------------------------ workers
 
@@ -331,13 +366,17 @@ class Launcher:
         )
         slot.process = self._spawn(self._modules.worker, spec)
 
-    def _replace(self, slot: _WorkerSlot, status: int, words: Failed | None) -> None:
+    def _replace(
+        self, slot: _WorkerSlot, status: int, words: Failed | None, *, is_asked: bool
+    ) -> None:
         _log.warning("%s", _failure(slot.name, status, words))
         assert self._coordinator is not None
         self._coordinator.send(WorkerLost(worker_id=slot.worker_id, phase=slot.phase))
         if slot.is_ready:
             slot.down_since_s = time.monotonic()
-        elif status >= 0:
+            if not is_asked and status != -signal.SIGKILL:
+                self._clear_device(slot)
+        elif status >= 0 and not is_asked:
             slot.num_failed_starts += 1
         if slot.num_failed_starts and slot.is_extra:
             self._slots.remove(slot)
@@ -346,7 +385,38 @@ class Launcher:
             name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker"
             self._end(_failure(name, status, words))
         else:
-            self._start_worker(slot)
+            self._fallen.append(slot)
+        if not any(self._slot_of(process) for process in self._leaving):
+            for fallen in self._fallen:
+                self._start_worker(fallen)
+            self._fallen.clear()
+
+    def _clear_device(self, failed: _WorkerSlot) -> None:
+        """Where a fault of one worker is a fault of all, all leave before new ones can work."""
+        if shares.is_fate_shared(self._device.platform, self._share_terms):
+            for slot in self._slots:
+                if slot is not failed and slot.process in self._processes:
+                    _log.warning("%s shares the fate of %s", slot.name, failed.name)
+                    self._ask_to_leave(slot.process)
+
+    def _ask_to_leave(self, process: Process) -> None:
+        self._leaving.setdefault(process, time.monotonic() + LEAVE_S)
+        process.ask_to_stop()
+
+    def _check_leaving(self) -> None:
+        """Takes workers off the device that were asked to leave and do not."""
+        for process, deadline_s in self._leaving.items():
+            if time.monotonic() > deadline_s:
+                _log.warning("%s does not leave and is killed", process.name)
+                self._kill(process)
+                self._leaving[process] = math.inf
+
+    def _check_coordinator(self) -> None:
+        """Ends the engine if the coordinator hangs. Only when all that it said has been heard."""
+        silent_s = time.monotonic() - self._coordinator_heard_s
+        if silent_s > COORDINATOR_SILENCE_S and self._coordinator is not None:
+            self._end(EngineError(f"the coordinator has been silent for {silent_s:.0f} s"))
+            self._coordinator.kill()
 
     def _check_outages(self) -> None:
         """Ends the engine if a phase has been without a worker for longer than a start may take."""
@@ -393,7 +463,7 @@ class Launcher:
             if slot.worker_id == worker_id and slot.process is not None:
                 self._slots.remove(slot)
                 self._retired.append(slot.process)
-                slot.process.ask_to_stop()
+                self._ask_to_leave(slot.process)
                 return
 
     def _slot_of(self, process: Process) -> _WorkerSlot | None:
@@ -439,18 +509,24 @@ class Launcher:
     def _end_processes(self) -> None:
         """The memory owner goes last: on some devices its memory goes with it."""
         self._stopping = True
-        for group in (
-            [process for process in self._processes if process is not self._owner],
-            [process for process in self._processes if process is self._owner],
-        ):
-            for process in group:
-                process.ask_to_stop()
-            deadline = time.monotonic() + _STOP_S
-            for process in group:
-                if not process.wait(deadline):
-                    _log.warning("%s does not stop and is killed", process.name)
-                    self._kill(process)
-                    process.wait(time.monotonic() + _STOP_S)
+        owner = [process for process in self._processes if process is self._owner]
+        workers = [p for p in self._processes if p in self._retired or self._slot_of(p)]
+        others = [p for p in self._processes if p not in owner and p not in workers]
+        for process in workers + others:
+            process.ask_to_stop()
+        asked_s = time.monotonic()
+        self._await_end(workers, asked_s + LEAVE_S)
+        self._await_end(others, asked_s + _STOP_S)
+        for process in owner:
+            process.ask_to_stop()
+        self._await_end(owner, time.monotonic() + _STOP_S)
+
+    def _await_end(self, processes: Sequence[Process], deadline_s: float) -> None:
+        for process in processes:
+            if not process.wait(deadline_s):
+                _log.warning("%s does not stop and is killed", process.name)
+                self._kill(process)
+                process.wait(time.monotonic() + _STOP_S)
 
     def _finish(self) -> None:
         with contextlib.suppress(OSError):

@@ -17,7 +17,7 @@ from semipd_jax.messages import MemoryLayout
 from semipd_jax.models.checkpoint import Checkpoint, open_checkpoint
 from semipd_jax.models.registry import load_spec
 from semipd_jax.models.spec import ModelSpec
-from semipd_jax.owner.plan import activation_bytes, max_num_workers, plan_memory, summary
+from semipd_jax.owner.plan import activation_bytes, plan_memory, summary
 from semipd_jax.shares import backend as shares
 from semipd_jax.storage.backend import Backend, Memory, Reservation, backend
 from semipd_jax.storage.server import MemoryServer
@@ -48,7 +48,7 @@ def _reserve_and_load(
     checkpoint = open_checkpoint(model.path, spec, model.load_format, model.seed)
     budget = memory.budget(
         config.cache.gpu_memory_utilization,
-        max_num_workers(config),
+        config.shares.max_num_workers,
         activation_bytes(spec, config),
     )
     plan = plan_memory(

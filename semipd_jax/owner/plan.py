@@ -86,11 +86,6 @@ def plan_memory(
     return MemoryPlan(weights, state, layout)
 
 
-def max_num_workers(config: EngineConfig) -> int:
-    """One per rung and phase, and one per phase at a share off its ladder."""
-    return sum(len(config.shares.rungs(phase)) + 1 for phase in ("prefill", "decode"))
-
-
 def activation_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """An upper estimate of what one worker's largest step allocates: activations and logits.
 
@@ -138,12 +133,19 @@ def _num_pages(
     `longest` is the number of pages of the longest request.
     """
     pool_bytes = config.cache.memory_bytes
-    if pool_bytes is None and takes_rest:
-        pool_bytes = max(free_bytes, 0)
-    elif pool_bytes is None:
-        wanted = (1 + config.scheduler.max_num_seqs * longest) * page_bytes
-        pool_bytes = min(wanted, int(free_bytes * _POOL_SHARE))
-    return pool_bytes // page_bytes
+    if pool_bytes is not None:
+        return pool_bytes // page_bytes
+    room = int(max(free_bytes, 0) * (1.0 if takes_rest else _POOL_SHARE)) // page_bytes
+    wanted = room if takes_rest else 1 + config.scheduler.max_num_seqs * longest
+    return wanted if wanted < room else _steady(room, least=1 + longest)
+
+
+def _steady(num_pages: int, least: int) -> int:
+    """Programs are compiled for a pool's size. By giving up at most 1/64 of it, what is free may
+    differ a little from start to start and yet lead to the same programs."""
+    step = 1 << max(num_pages.bit_length() - 7, 0)
+    rounded = num_pages // step * step
+    return rounded if rounded >= least else num_pages
 
 
 def _lay_out_state(

@@ -1,10 +1,7 @@
-"""Steps are compiled ahead of time, checked, and kept in a private cache between runs."""
+"""Steps are compiled ahead of time and checked."""
 
-import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -14,7 +11,6 @@ from flax import nnx
 from jaxtyping import Array, Int32
 
 from semipd_jax.config import Platform
-from semipd_jax.errors import ConfigError
 from semipd_jax.messages import Phase
 from semipd_jax.models import module
 from semipd_jax.runtime import batch
@@ -106,26 +102,6 @@ def compile_step(
     )
     check_in_place(compiled, state, bucket.num_tokens)
     return compiled
-
-
-def enable_cache(directory: str | None) -> Path:
-    """Keeps every compiled program in `directory`, or in ~/.cache/semipd_jax.
-
-    The directory holds machine code that we run, so nobody else may write to it: raises ConfigError
-    if it belongs to another user or is writable by others. A damaged entry is compiled anew.
-    """
-    path = Path(directory) if directory else Path.home() / ".cache" / "semipd_jax"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.stat()
-    if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"compile_cache_dir is {str(path)!r}; allowed: a directory of this user that nobody "
-            "else may write to"
-        )
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return path
 
 
 class CompileCounter:

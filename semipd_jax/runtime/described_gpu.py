@@ -53,6 +53,7 @@ class DescribedGpu:
         kinds = re.findall(r'^device_description_str: "(.*)"', text, re.MULTILINE)
         self.name: GpuName = name
         self.num_sms = num_sms or numbers["core_count"]
+        self.memory_bytes = numbers["device_memory_size"]
         self.limits = Limits(
             block_shared_bytes=numbers["shared_memory_per_block_optin"],
             sm_shared_bytes=numbers["shared_memory_per_core"],

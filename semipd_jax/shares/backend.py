@@ -28,11 +28,12 @@ class _Backend:
     apply: Callable[[float, Phase, Terms], Grant]
     abstain: Callable[[str], None]
     evict: Callable[[int, Terms], None]
+    is_fate_shared: Callable[[Terms], bool]
 
 
 _BACKENDS: Final[Mapping[Platform, _Backend]] = {
-    "cpu": _Backend(cpu.host, cpu.apply, cpu.abstain, cpu.evict),
-    "cuda": _Backend(mps.host, mps.apply, mps.abstain, mps.evict),
+    "cpu": _Backend(cpu.host, cpu.apply, cpu.abstain, cpu.evict, cpu.is_fate_shared),
+    "cuda": _Backend(mps.host, mps.apply, mps.abstain, mps.evict, mps.is_fate_shared),
 }
 
 
@@ -65,3 +66,8 @@ def abstain(platform: Platform, run_dir: str) -> None:
 def evict(platform: Platform, pid: int, terms: Terms) -> None:
     """Takes a worker that hangs off the device; whoever calls this kills it next."""
     _BACKENDS[platform].evict(pid, terms)
+
+
+def is_fate_shared(platform: Platform, terms: Terms) -> bool:
+    """Whether a fatal fault of one worker on the device ends what the others do there."""
+    return _BACKENDS[platform].is_fate_shared(terms)

@@ -64,6 +64,11 @@ def evict(pid: int, terms: Mapping[str, str]) -> None:
     """Killing a process frees its cores."""
 
 
+def is_fate_shared(terms: Mapping[str, str]) -> bool:
+    """A process that fails is alone with that."""
+    return False
+
+
 def _threads() -> list[int]:
     return [int(thread) for thread in os.listdir("/proc/self/task")]
 

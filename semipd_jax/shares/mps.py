@@ -2,8 +2,11 @@
 each on at most a percentage of its SMs.
 
 The percentage is a cap, not a reservation, and is read once, when a process starts to use CUDA.
-Shares may add up to more than 1. Only workers are clients of MPS: a fatal fault of one client ends
-all of them, and the memory owner must outlive that.
+Shares may add up to more than 1. That is why static SM partitions (CUDA 13.1, Ampere and later) are
+not used: they are disjoint, and a client in one ignores its percentage.
+
+Only workers are clients of MPS: a fatal fault of one client ends all of them, and the memory owner
+must outlive that.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from semipd_jax import cuda_driver
-from semipd_jax.config import ShareConfig
+from semipd_jax.config import MAX_WORKERS, ShareConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import Phase
 
@@ -154,7 +157,7 @@ def host(config: ShareConfig, run_dir: str, num_sms: int) -> Iterator[Mapping[st
         control = None
         if config.mps != "off":
             try:
-                control = _running() or stack.enter_context(private_daemon(run_dir))
+                control = _running(config) or stack.enter_context(private_daemon(run_dir))
             except StartupError as error:
                 if config.mps == "on":
                     raise StartupError(f"mps is 'on', but: {error}") from error
@@ -202,6 +205,11 @@ def evict(pid: int, terms: Mapping[str, str]) -> None:
         _log.warning("client %d was not taken off the GPU: %s", pid, error)
 
 
+def is_fate_shared(terms: Mapping[str, str]) -> bool:
+    """A fatal fault ends all clients, and the server takes no new ones until the last has left."""
+    return terms["mps"] != "off"
+
+
 def percentage(share: float) -> int:
     """Whole percent, as MPS takes it."""
     return max(round(100 * share), 1)
@@ -244,8 +252,11 @@ def private_daemon(run_dir: str) -> Iterator[Control]:
                 keeper.kill()
 
 
-def _running() -> Control | None:
-    """The daemon that CUDA would find now, unless it serves another user."""
+def _running(config: ShareConfig) -> Control | None:
+    """The daemon that CUDA would find now, unless it serves another user.
+
+    Raises StartupError if it has no room for all workers.
+    """
     named = os.environ.get(PIPE_DIRECTORY)
     pipe_directory = named or _DEFAULT_PIPE_DIRECTORY
     if not Path(pipe_directory).is_dir() or shutil.which(CONTROL) is None:
@@ -260,6 +271,12 @@ def _running() -> Control | None:
                 return None
     except (StartupError, OSError, ValueError):
         return None
+    num_clients = len(control.clients())
+    if num_clients + config.max_num_workers > MAX_WORKERS:
+        raise StartupError(
+            f"the MPS daemon in {pipe_directory} has {num_clients} clients; with up to "
+            f"{config.max_num_workers} workers of ours they are more than {MAX_WORKERS}"
+        )
     _log.info("uses the MPS daemon in %s", pipe_directory)
     return control
 

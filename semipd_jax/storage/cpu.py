@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from semipd_jax.storage import host_memory
 from semipd_jax.storage.budget import Budget
 from semipd_jax.storage.lifetime import keep_until_exit
 from semipd_jax.storage.manifest import Region, SharingError, numpy_dtype
+
+RUNTIME_BYTES: Final = 320 << 20
+"""Of each worker: interpreter, jax and compiled programs. Measured: see the start-up log."""
 
 _FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -55,8 +59,17 @@ class HostMemories:
     """The memory owner's side of the machine's memory."""
 
     def budget(self, utilization: float, num_workers: int, activation_bytes: int) -> Budget:
-        """What is available now: other programs and our workers share it by taking turns."""
-        return Budget(available_bytes=host_memory.available_bytes())
+        """What is available now, less what the workers will need."""
+        available = host_memory.available_bytes()
+        workers = num_workers * (RUNTIME_BYTES + activation_bytes)
+        return Budget(
+            available_bytes=max(available - workers, 0),
+            detail=(
+                f"{available / 2**30:.2f} GiB, less {workers / 2**30:.2f} GiB for {num_workers} "
+                f"workers, each {RUNTIME_BYTES >> 20} MiB for runtime and programs and "
+                f"{activation_bytes >> 20} MiB for activations"
+            ),
+        )
 
     def reserve(self, region: Region) -> HostMemory:
         return HostMemory(region)

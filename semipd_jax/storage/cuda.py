@@ -105,7 +105,8 @@ class CudaMemory:
             available_bytes=max(int(total * utilization) - in_use - workers, 0),
             detail=(
                 f"gpu_memory_utilization {utilization:g} of {_gib(total)}, less {_gib(in_use)} in "
-                f"use and {_gib(workers)} for {num_workers} workers"
+                f"use and {_gib(workers)} for {num_workers} workers, each {_gib(CONTEXT_BYTES)} "
+                f"for context and programs and {_gib(activation_bytes)} for activations"
             ),
             pool_takes_rest=True,
             worker_fraction=activation_bytes / total,

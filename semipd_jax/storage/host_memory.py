@@ -1,4 +1,5 @@
-"""How much host memory may still be used: the machine's, or less if a control group says so."""
+"""How much host memory may still be used (the machine's, or less if a control group says so), and
+how much this process holds."""
 
 import re
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ def available_bytes(root: Path = Path("/")) -> int:
     """
     meminfo = (root / "proc/meminfo").read_text()
     return max(min([_number("MemAvailable:", meminfo) * 1024, *_left_in_groups(root)]), 0)
+
+
+def private_bytes(root: Path = Path("/")) -> int:
+    """What this process holds for itself: anonymous memory that is resident."""
+    return 1024 * _number("RssAnon:", (root / "proc/self/status").read_text())
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -8,6 +8,7 @@ the peer asked for, and a peer that sends faster than the hub reads gets `Blocki
 
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -122,8 +123,9 @@ class AsyncLink[Incoming, Outgoing]:
         return self._decoder.decode(await self._socket.recv())
 
     def close(self) -> None:
+        """Returns at once. What was sent last may be on its way for a moment longer."""
         self._socket.close()
-        self._context.term()
+        threading.Thread(target=self._context.term, name="linger", daemon=True).start()
 
 
 class Poller:

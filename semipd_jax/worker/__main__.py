@@ -8,9 +8,10 @@ from typing import Final
 
 from semipd_jax.child import Child, run_child
 from semipd_jax.errors import StartupError
-from semipd_jax.messages import FromWorker, ToWorker, WorkerReady
+from semipd_jax.messages import FROM_CACHE, FromWorker, ToWorker, WorkerReady
 from semipd_jax.shares import backend as shares
 from semipd_jax.storage.backend import worker_environment
+from semipd_jax.storage.host_memory import private_bytes
 from semipd_jax.transport.channels import WORKERS, Link
 from semipd_jax.worker.priority import giving_way
 
@@ -28,19 +29,23 @@ def main(child: Child) -> None:
     _set_environment(worker_environment(spec.platform, spec.layout.worker_fraction))
     is_extra = spec.extra.get("is_extra") == "True"
     with giving_way() if is_extra else contextlib.nullcontext():
-        from semipd_jax.worker import loop, setup  # they start jax, which must see all this
+        from semipd_jax.runtime.cache import CacheUse  # these start jax, which must see all this
+        from semipd_jax.worker import loop, setup
 
         setup.start_jax(spec.platform, spec.config)
+        cache = CacheUse()
         runner, compiles = setup.build_runner(
             child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S
         )
+    num_programs = cache.num_hits + cache.num_misses
+    child.progress(FROM_CACHE, cache.num_hits, num_programs)
     _log.info("runs on %s", grant.verify())
     gc.collect()
     gc.freeze()  # what start-up made lives on: no collection has to look at it again
 
     link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
     link.send(WorkerReady(worker_id, spec.phase, spec.share))
-    child.ready()
+    child.ready(private_bytes=private_bytes())
     loop.serve(child, link, runner, compiles, worker_id)
     link.close()
 

@@ -11,7 +11,8 @@ from semipd_jax.messages import MemoryLayout, Phase
 from semipd_jax.models import module
 from semipd_jax.models.registry import load_spec
 from semipd_jax.runtime.buckets import Bucket, decode_buckets, prefill_buckets
-from semipd_jax.runtime.compile import CompileCounter, enable_cache
+from semipd_jax.runtime.cache import enable_cache
+from semipd_jax.runtime.compile import CompileCounter
 from semipd_jax.runtime.runner import StepRunner
 from semipd_jax.runtime.state import SharedState
 from semipd_jax.storage.arrays import region_arrays
@@ -25,20 +26,28 @@ def start_jax(platform: Platform, config: EngineConfig) -> None:
     Raises StartupError if it does not start.
     """
     jax.config.update("jax_cuda_visible_devices", "0")
-    enable_cache(config.compile_cache_dir)
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:  # a plugin that fails leaves no backend at all
         reason = str(error) or "its plugin failed"
         raise StartupError(f"jax does not start on {platform!r}: {reason}") from error
+    enable_cache(config.compile_cache_dir, platform)
 
 
 def build_runner(
-    child: Child, layout: MemoryLayout, phase: Phase, *, map_timeout_s: float
+    child: Child,
+    layout: MemoryLayout,
+    phase: Phase,
+    *,
+    map_timeout_s: float,
+    largest_only: bool = False,
 ) -> tuple[StepRunner, CompileCounter]:
     """Maps the memory and compiles every bucket of the phase, reporting progress.
 
     Returns the runner and a counter of whatever is compiled from now on.
+
+    Args:
+      largest_only: compile no bucket but the largest; for measurements.
     """
     config = child.spec.config
     child.progress("map", 0, 1)
@@ -49,7 +58,7 @@ def build_runner(
     _check_params(params, expected)
     state = module.nest(region_arrays(mapped[STATE]))
     layers = [state["layers"][i] for i in range(spec.num_layers)]
-    buckets = _buckets(config, layout, phase)
+    buckets = _buckets(config, layout, phase)[-1 if largest_only else 0 :]
 
     runner = StepRunner(
         phase,

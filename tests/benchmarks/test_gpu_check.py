@@ -1,11 +1,26 @@
 """The GPU check where there is no GPU, and its judgement of made-up results."""
 
+import json
+import math
+import os
+import textwrap
+from dataclasses import replace
+from importlib import import_module
+
+import psutil
 import pytest
+from launch_rig import wait_until
 
 from benchmarks import gpu_check
 from benchmarks.aot import programs
-from benchmarks.gpu import kernels
+from benchmarks.gpu import engine, kernels, steps
+from benchmarks.gpu.part import Outcome, Setting
+from semipd_jax.engine import Generation
 from semipd_jax.errors import StartupError
+from semipd_jax.launch import device
+from semipd_jax.models.registry import parse_spec
+from semipd_jax.request import FinishReason, TokenLogprob, Usage
+from semipd_jax.tuner.work import Work
 
 
 def result(device="NVIDIA H100 80GB HBM3", **changes):
@@ -58,13 +73,133 @@ def test_only_our_failures_count(contender, count):
 
 def test_parts_are_listed_without_a_gpu(capsys):
     assert gpu_check.main(["--list"]) == 0
-    assert all(name in capsys.readouterr().out for name in gpu_check.PARTS)
+    out = capsys.readouterr().out
+    assert all(name in out for name in gpu_check.PARTS)
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
-    def describe(ordinal):
+    def usable_gpu(run_dir):
         raise StartupError("no NVIDIA driver is here")
 
-    monkeypatch.setattr(gpu_check.cuda_driver, "describe", describe)
+    monkeypatch.setattr(device, "usable_gpu", usable_gpu)
     assert gpu_check.main([]) == 1
     assert capsys.readouterr().err == "no GPU here: no NVIDIA driver is here\n"
+
+
+def test_parts_are_modules_that_run():
+    for name, (module, _) in gpu_check.PARTS.items():
+        assert callable(import_module(module).run), name
+
+
+@pytest.fixture
+def part(tmp_path, monkeypatch):
+    """Writes a part; its name."""
+
+    def write(text: str) -> str:
+        (tmp_path / "some_part.py").write_text(textwrap.dedent(text))
+        return "some_part"
+
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}:.")
+    return write
+
+
+CPU = Setting("cpu", "this machine", 0)
+
+
+def test_what_a_package_lacks_is_named_in_one_line(part):
+    outcome = gpu_check.run_part(part("import no_such_package"), CPU)
+    assert outcome == Outcome(False, ("missing: the Python package no_such_package",))
+
+
+def test_what_keeps_a_part_from_running_is_its_outcome(part):
+    text = """
+        from semipd_jax.errors import StartupError
+
+        def run(setting):
+            raise StartupError(f"nvidia-cuda-mps-control is not on PATH of {setting.name}")
+    """
+    outcome = gpu_check.run_part(part(text), CPU)
+    assert outcome.found == ("nvidia-cuda-mps-control is not on PATH of this machine",)
+    assert not outcome.passed
+
+
+def test_a_part_that_dies_is_named(part):
+    outcome = gpu_check.run_part(part("import os; os._exit(3)"), CPU)
+    assert outcome == Outcome(False, ("ended with status 3; see its output above",))
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(part, monkeypatch, tmp_path):
+    text = f"""
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        open("{tmp_path}/pid", "w").write(str(child.pid))
+        time.sleep(60)
+    """
+    monkeypatch.setattr(gpu_check, "_TIMEOUT_S", 5.0)
+    outcome = gpu_check.run_part(part(text), CPU)
+    assert outcome == Outcome(False, ("did not end within 5 s",))
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+def test_result_is_a_table_and_a_file(part, capsys, monkeypatch, tmp_path):
+    text = """
+        from benchmarks.gpu.part import Outcome
+
+        def run(setting):
+            return Outcome(True, (f"all well on {setting.name}",), {"us": 1.5})
+    """
+    monkeypatch.setattr(gpu_check, "PARTS", {"mine": (part(text), "a part")})
+    path = tmp_path / "result.json"
+    assert gpu_check.main(["--rehearse", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "all well on a rehearsal on the CPU" in out
+    assert out.rstrip().splitlines()[-1].split() == ["mine", "passed"]
+    found = json.loads(path.read_text())
+    assert found["parts"]["mine"]["details"] == {"us": 1.5}
+    assert found["device"]["platform"] == "cpu"
+    assert {"date", "commit", "versions"} <= found.keys()
+
+
+# ---------------------------------------------------------------- the engine part
+
+
+def generation(token_ids, tops):
+    logprobs = tuple(
+        TokenLogprob(token, dict(top)[token], tuple(top))
+        for token, top in zip(token_ids, tops, strict=True)
+    )
+    return Generation(tuple(token_ids), "", logprobs, FinishReason.LENGTH, None, Usage(1, 2))
+
+
+WANTED = generation([5, 7], [((5, -0.1), (6, -2.5)), ((7, -0.7), (8, -0.71))])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gap"),
+    [([5, 7], 0.0), ([5, 8], 0.01), ([6, 8], 2.4), ([9, 7], math.inf)],
+)
+def test_tokens_may_differ_only_where_the_reference_hardly_cares(tokens, gap):
+    found = engine.compare("float32", [WANTED], [replace(WANTED, token_ids=tuple(tokens))])
+    assert math.isclose(found.worst_gap, gap, abs_tol=1e-9)
+    assert found.num_equal == (tokens == [5, 7])
+    assert found.is_ok == (gap <= 0.02)
+
+
+def test_floor_of_a_decode_step_is_weights_and_kv_of_a_prefill_step_flops():
+    """Llama 3.1 8B on an H100: 15 GB of weights take 4.5 ms; 2048 tokens of 14 GFLOP 29 ms."""
+    spec, peak = parse_spec(programs.LLAMA_8B), steps.PEAKS["H100"]
+    kv = 2 * 2 * 8 * 128 * 32
+    decode = steps.floor_s(spec, Work("decode", 64, 64, 64 * 2048, 64 * 2048), kv, 1.0, peak)
+    assert math.isclose(decode, (15.0e9 + 64 * 2048 * kv) / 3.35e12, rel_tol=0.01)
+    prefill = Work("prefill", 1, 2048, 2048, 2048 * 1024)
+    whole = steps.floor_s(spec, prefill, kv, 1.0, peak)
+    assert math.isclose(whole, 2 * 6.98e9 * 2048 / 989e12, rel_tol=0.01)
+    assert math.isclose(steps.floor_s(spec, prefill, kv, 0.5, peak), 2 * whole)
+
+
+def test_a_step_faster_than_its_floor_is_no_good_news():
+    time = steps.StepTime("decode", 1.0, "132 of 132 SMs", 0.004, 0.005, num_compiles=0)
+    assert len(steps.faults([time])) == 1
+    assert steps.faults([replace(time, step_s=0.006)]) == []
+    assert len(steps.faults([replace(time, step_s=0.006, num_compiles=1)])) == 1

@@ -29,7 +29,7 @@ def test_defaults_are_the_configuration_s():
         ("prefill_share", 1.5, "at most 1"),
         ("share_ladder", (0.5, 1.5), "at most 1"),
         ("decode_share_ladder", (0.0,), "above 0"),
-        ("share_ladder", (0.5,) * 9, "at most 8"),
+        ("share_ladder", tuple(i / 24 for i in range(1, 24)), "at most 48 workers"),
         ("share_ladder", 0.5, "tuple of numbers"),
         ("share_ladder", ("0.5",), "tuple of numbers"),
         ("max_num_seqs", 0, "1 to 4096"),

@@ -36,7 +36,7 @@ def run_dir(tmp_path: Path) -> str:
 
 
 def test_gpu_is_used_where_there_is_one(gpu: Path, run_dir: str) -> None:
-    assert choose("auto", run_dir) == choose("cuda", run_dir) == Chosen("cuda", 132)
+    assert choose("auto", run_dir) == choose("cuda", run_dir) == Chosen("cuda", 132, "Fake GPU")
 
 
 def test_cpu_asks_no_driver(gpu: Path, run_dir: str) -> None:

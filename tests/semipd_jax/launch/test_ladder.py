@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from launch_rig import FAKES, Client, children, config, expected, wait_until
 
 from semipd_jax.config import ShareConfig
 from semipd_jax.errors import EngineError
 from semipd_jax.launch.launcher import Launcher
+from semipd_jax.shares import backend as shares
 
 LADDER = ShareConfig(prefill=1.0, decode=0.5, decode_ladder=(1.0,))
 
@@ -20,7 +22,9 @@ def failures() -> list[EngineError]:
 
 @pytest.fixture
 def launcher(failures) -> Iterator[Launcher]:
-    launcher = Launcher(config(shares=LADDER), modules=FAKES, on_failure=failures.append)
+    launcher = Launcher(
+        config(shares=LADDER, step_s=2.0), modules=FAKES, on_failure=failures.append
+    )
     launcher.start()
     yield launcher
     launcher.stop()
@@ -37,6 +41,10 @@ def client(launcher) -> Iterator[Client]:
 
 def workers() -> set[str]:
     return {name for name in children() if "worker" in name}
+
+
+def pids() -> dict[str, int]:
+    return {name: process.pid for name, process in children().items() if "worker" in name}
 
 
 RUNGS = {"prefill worker 1.00", "decode worker 0.50", "decode worker 1.00"}
@@ -96,3 +104,87 @@ def test_a_phase_runs_on_while_another_of_its_rungs_is_away_for_long(failures):
     finally:
         launcher.stop()
     assert failures == []
+
+
+@pytest.fixture
+def evicted(monkeypatch) -> list[int]:
+    """Process ids that were taken off the device, each while it was still there."""
+    pids: list[int] = []
+
+    def evict(platform, pid, terms):
+        assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        pids.append(pid)
+
+    monkeypatch.setattr(shares, "evict", evict)
+    return pids
+
+
+def test_a_hung_worker_is_taken_off_the_device_before_it_is_killed(launcher, client, evicted):
+    before = pids()
+    (Path(launcher.run_dir) / "hang-decode").touch()
+    assert client.generate(1, max_tokens=30) == expected(1, 30)
+    wait_until(lambda: workers() == RUNGS)
+    assert evicted == [before[name] for name in RUNGS if before[name] != pids()[name]]
+    assert len(evicted) == 1
+
+
+def test_a_retired_worker_drains_and_leaves_by_itself(launcher, client, evicted):
+    client.shares(decode=0.7)
+    wait_until(lambda: 0.7 in client.shares().decode.warm)
+    client.shares(decode=0.5)
+    wait_until(lambda: workers() == RUNGS)
+    assert evicted == []
+
+
+def test_a_retired_worker_that_does_not_leave_is_evicted(launcher, client, evicted, monkeypatch):
+    client.shares(decode=0.7)
+    wait_until(lambda: 0.7 in client.shares().decode.warm)
+    retired = children()["decode worker 0.70"].pid
+    stay = Path(launcher.run_dir) / "stay-decode"
+    stay.touch()
+    monkeypatch.setattr("semipd_jax.launch.launcher.LEAVE_S", 0.5)
+    client.shares(decode=0.5)
+    wait_until(lambda: workers() == RUNGS)
+    assert evicted == [retired]
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
+    stay.unlink()
+
+
+def test_all_workers_are_replaced_when_a_fault_of_one_is_a_fault_of_all(
+    launcher, client, monkeypatch
+):
+    """As of MPS clients: the fault of one leaves the others there, but useless."""
+    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+    before = pids()
+    (Path(launcher.run_dir) / "fail-decode").touch()
+    assert client.generate(1, max_tokens=30) == expected(1, 30)
+    wait_until(lambda: workers() == RUNGS and not set(pids().values()) & set(before.values()))
+
+
+def test_new_workers_wait_until_the_last_of_a_common_fault_has_left(launcher, client, monkeypatch):
+    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+    stay = Path(launcher.run_dir) / "stay-prefill"
+    stay.touch()
+    left = children()["prefill worker 1.00"]
+    (Path(launcher.run_dir) / "fail-decode").touch()
+    wait_until(lambda: workers() == {"prefill worker 1.00"})
+    assert children()["prefill worker 1.00"] == left
+    stay.unlink()
+    wait_until(lambda: workers() == RUNGS)
+    assert children()["prefill worker 1.00"] != left
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
+
+
+def test_a_fault_elsewhere_leaves_the_other_workers_alone(launcher, client):
+    before = pids()
+    (Path(launcher.run_dir) / "fail-decode").touch()
+    assert client.generate(1, max_tokens=30) == expected(1, 30)
+    wait_until(lambda: workers() == RUNGS and pids() != before)
+    assert sum(before[name] != pids()[name] for name in RUNGS) == 1
+
+
+def test_workers_killed_all_at_once_come_back(launcher, client):
+    for name in RUNGS:
+        children()[name].kill()
+    assert client.generate(1, max_tokens=30) == expected(1, 30)
+    wait_until(lambda: workers() == RUNGS)

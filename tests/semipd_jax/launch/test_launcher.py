@@ -1,6 +1,7 @@
 """The launcher and real processes; memory owner and workers are fakes without jax."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,3 +163,32 @@ time.sleep(60)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert not run_dir.exists() or not [p for p in run_dir.iterdir() if p.is_socket()]
+
+
+def test_a_hung_coordinator_ends_the_engine(launcher, failures, monkeypatch):
+    monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 2.0)
+    children()["coordinator"].suspend()
+    assert launcher.finished.wait(10)
+    wait_until(lambda: failures)
+    assert re.fullmatch(r"the coordinator has been silent for \d s", str(failures[0]))
+    assert not children()
+
+
+def test_a_busy_coordinator_is_left_alone(launcher, monkeypatch):
+    monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 3.0)
+    client = Client(launcher)
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
+    assert not launcher.finished.wait(4)  # idle for longer than it may be silent
+    assert client.generate(2, max_tokens=20) == expected(2, 20)
+    client.close()
+
+
+def test_stop_from_a_progress_report():
+    def report(name, progress):
+        launcher.stop()
+
+    launcher = Launcher(config(), modules=FAKES, on_progress=report)
+    with pytest.raises(UnavailableError, match="stopped while it started"):
+        launcher.start()
+    assert launcher.finished.is_set()
+    assert not children()

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from semipd_jax.models.spec import KVArray, ModelSpec, WeightSpec
 from semipd_jax.owner.plan import (
     MemoryPlan,
     activation_bytes,
-    max_num_workers,
     plan_memory,
     summary,
 )
@@ -171,8 +171,7 @@ def test_activations_of_a_step_grow_with_its_tokens_and_rows() -> None:
 
 def test_every_rung_is_a_worker_and_each_phase_may_have_one_more() -> None:
     shares = ShareConfig(prefill=0.6, ladder=(0.8, 1.0), decode_ladder=())
-    config = EngineConfig(model=ModelConfig(path="/model"), shares=shares)
-    assert max_num_workers(config) == (3 + 1) + (1 + 1)
+    assert shares.max_num_workers == (3 + 1) + (1 + 1)
 
 
 def test_summary_says_what_memory_is_for() -> None:
@@ -237,8 +236,40 @@ def test_what_is_planned_fits(
     assert (layout.num_pages - 1) * layout.page_size >= layout.max_model_len
     used = memory.weights.num_bytes + memory.state.num_bytes
     if memory_bytes is None and pool_takes_rest:
-        assert available_bytes - used < PAGE_BYTES + 8 * ALIGNMENT
+        rounding = layout.kv_bytes / 64
+        assert available_bytes - used < PAGE_BYTES + 8 * ALIGNMENT + rounding
     elif memory_bytes is None:
         assert layout.num_pages - 1 <= max_num_seqs * math.ceil(layout.max_model_len / 16)
     else:
         assert memory_bytes - PAGE_BYTES < layout.kv_bytes <= memory_bytes
+
+
+def test_pool_that_takes_the_rest_has_the_same_size_when_a_little_less_is_free() -> None:
+    """Programs are compiled for its size."""
+    sizes = {
+        plan(available_bytes=GIB - used, pool_takes_rest=True).layout.num_pages
+        for used in range(0, GIB // 200, GIB // 2000)
+    }
+    assert len(sizes) <= 2
+
+
+def test_rounding_never_takes_the_room_of_a_full_request() -> None:
+    spec = model(max_model_len=16 * 2000 - 1)
+    least = 1 + 2000
+
+    def num_pages(available_bytes: int) -> int:
+        return plan(spec, available_bytes=available_bytes, pool_takes_rest=True).layout.num_pages
+
+    available = next(
+        size for size in range(least * PAGE_BYTES, GIB, PAGE_BYTES) if _fits(num_pages, size)
+    )
+    assert num_pages(available) == least
+    assert num_pages(available + 40 * PAGE_BYTES) == 2016 + 16
+
+
+def _fits(num_pages: Callable[[int], int], available_bytes: int) -> bool:
+    try:
+        num_pages(available_bytes)
+    except StartupError:
+        return False
+    return True

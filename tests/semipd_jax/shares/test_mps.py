@@ -206,6 +206,29 @@ def test_daemon_in_the_usual_place_is_used_if_it_serves_this_user(
     assert (commands(fake)[-1] == "quit") != is_ours
 
 
+def test_daemon_without_room_for_our_workers_is_refused_before_one_starts(
+    fake: Path, run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_daemon(tmp_path / "theirs", 1)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "theirs"))
+    ours = SHARES.max_num_workers
+    connect(fake, *range(1000, 1000 + 48 - ours))
+    with mps.host(replace(SHARES, mps="on"), run_dir, 132):
+        pass
+    connect(fake, *range(1000, 1000 + 48 - ours + 1))
+    with (
+        pytest.raises(StartupError, match=f"has 45 clients; with up to {ours} workers of ours"),
+        mps.host(replace(SHARES, mps="on"), run_dir, 132),
+    ):
+        pass
+
+
+def test_clients_of_a_daemon_share_their_fate() -> None:
+    assert backend.is_fate_shared("cuda", terms("on"))
+    assert not backend.is_fate_shared("cuda", terms("off"))
+    assert not backend.is_fate_shared("cpu", {})
+
+
 def test_directory_that_a_dead_daemon_left_is_not_used(
     fake: Path, run_dir: str, tmp_path: Path
 ) -> None:

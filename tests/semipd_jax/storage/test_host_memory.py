@@ -1,7 +1,10 @@
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from semipd_jax.storage.host_memory import available_bytes
+from semipd_jax.storage import cpu
+from semipd_jax.storage.host_memory import available_bytes, private_bytes
+from semipd_jax.storage.manifest import lay_out
 
 MIB = 2**20
 MEMINFO = "MemTotal:       8192 kB\nMemFree:        10 kB\nMemAvailable:   4096 kB\n"
@@ -67,3 +70,25 @@ def test_overdrawn_group_leaves_nothing(tmp_path: Path) -> None:
 
 def test_this_machine() -> None:
     assert MIB < available_bytes() < 2**50
+
+
+def test_what_workers_will_need_is_kept_back(monkeypatch):
+    monkeypatch.setattr(cpu.host_memory, "available_bytes", lambda: 4 << 30)
+    none = cpu.HostMemories().budget(0.9, 0, 1 << 20)
+    some = cpu.HostMemories().budget(0.9, 5, 1 << 20)
+    assert none.available_bytes == 4 << 30
+    assert none.available_bytes - some.available_bytes == 5 * (cpu.RUNTIME_BYTES + (1 << 20))
+    assert "1.57 GiB for 5 workers, each 320 MiB for runtime and programs and 1 MiB" in some.detail
+    assert cpu.HostMemories().budget(0.9, 100, 1 << 20).available_bytes == 0
+
+
+def test_private_memory_is_what_this_process_alone_holds():
+    before = private_bytes()
+    own = bytearray(os.urandom(1 << 20) * 32)
+    assert 30 << 20 < private_bytes() - before < 40 << 20
+    shared = cpu.HostMemory(lay_out("r", [("a", (32 << 20,), "int32")]))
+    with shared.writing("a") as array:
+        array[: 8 << 20] = 1
+        assert private_bytes() - before < 40 << 20
+    shared.close()
+    del own

@@ -33,3 +33,30 @@ def test_sending_while_a_message_arrives_does_not_lose_its_wakeup(run_dir: str):
         hub.close()
 
     asyncio.run(main())
+
+
+def test_close_does_not_wait_for_a_coordinator_that_is_not_there(run_dir: str):
+    async def main() -> float:
+        link = AsyncLink(run_dir, "clients", "me", FromCoordinator)
+        link.send(GetStats(0))
+        started = time.perf_counter()
+        link.close()
+        return time.perf_counter() - started
+
+    assert asyncio.run(main()) < 0.3
+
+
+def test_what_was_sent_before_close_arrives(run_dir: str):
+    async def main() -> None:
+        link = AsyncLink(run_dir, "clients", "me", FromCoordinator)
+        link.send(GetStats(7))
+        link.close()
+        hub = Hub(run_dir, "clients", ToCoordinator)
+        received: list[object] = []
+        while not received:
+            received = list(hub.receive())
+            await asyncio.sleep(0.001)
+        assert received == [("me", GetStats(7))]
+        hub.close()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
