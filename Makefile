@@ -5,7 +5,7 @@ BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard proto/semipd/v1/*.proto)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: install serve test lint bench gpu-check conformance package clean
+.PHONY: install serve test lint bench gpu-check kernels-on-jax conformance package clean
 
 install: .venv/base            ## the engine and what it needs
 .venv/base: $(INPUTS)
@@ -36,6 +36,14 @@ bench: .venv/dev               ## the control plane alone, then the demo model u
 
 gpu-check: .venv/base          ## acceptance on an NVIDIA GPU
 	$(BIN)/python -m benchmarks.gpu_check
+
+JAX ?= 0.12.*
+kernels-on-jax:                ## the kernels on another release of jax: make kernels-on-jax JAX=0.12.0.1
+	$(PYTHON) -m venv .venv/jax
+	PIP_CONSTRAINT= .venv/jax/bin/pip install --quiet 'jax==$(JAX)' 'jax-cuda13-plugin==$(JAX)' \
+		'jax-cuda13-pjrt==$(JAX)' nvidia-cuda-nvcc flax orbax-checkpoint safetensors msgspec jaxtyping \
+		beartype hypothesis pytest pytest-timeout
+	PYTHONPATH=.:server .venv/jax/bin/python -m pytest tests/kernels_pallas tests/benchmarks/aot
 
 conformance: .venv/dev         ## openai, smg, AIPerf and GuideLLM against the demo model
 	PIP_CONSTRAINT= $(BIN)/python -m benchmarks.conformance $(ARGS)

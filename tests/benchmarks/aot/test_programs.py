@@ -27,6 +27,18 @@ def test_kernels_spill_nothing_and_fit(gpu, implementation, op, case):
     assert not list(kernel_faults(report.pallas_kernels, DescribedGpu(gpu).limits))
 
 
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+def test_rope_kv_write_is_one_kernel_that_writes_in_place(gpu):
+    args = ("rope_kv_write", "triton", "64 rows, norms")
+    report = compile_in_child(gpu, f"{programs.__name__}:kernel", args)
+    pages = programs.find_case(args[0], args[2]).specs[3]
+    assert [kernel.name for kernel in report.kernels] == ["rope_kv_write"]
+    assert not list(kernel_faults(report.pallas_kernels, DescribedGpu(gpu).limits))
+    assert report.alias_bytes == 2 * pages.size * pages.dtype.itemsize
+    assert not report.copies
+    assert not report.temp_bytes
+
+
 @pytest.mark.parametrize("op", ["paged_decode_attention", "paged_prefill_attention"])
 def test_kernels_read_no_operand_from_inside_an_array(op):
     report = compile_in_child("h100", "aot_programs:attention_of_a_packed_batch", (op,))
