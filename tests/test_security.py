@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,3 +105,10 @@ def test_a_server_refuses_such_a_model_before_it_starts(tmp_path: Path):
     assert done.returncode == 2
     assert "remote code is never run" in done.stderr
     assert not marker.exists()
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    page = (ROOT / "server" / "SECURITY.md").read_text()
+    named = re.findall(r"`(tests/[^`]+)`", page)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
