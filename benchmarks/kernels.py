@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="which of them")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="start no case after that")
+    parser.add_argument("--budget-s", type=float, default=500.0, help="start no case after that")
     aot = parser.add_argument_group("without a GPU")
     aot.add_argument("--compile-only", action="store_true", help="compile for --target")
     aot.add_argument("--target", choices=["h100", "h200", "a100"], default="h100", help="the GPU")

@@ -60,6 +60,7 @@ TESTS: Final = (
     Case("window of one", Heads(4, 2, 16, 8), (1, 65, 64), {"window": 1}),
     Case("soft cap and scale", Heads(4, 2, 16, 8), (9, 90), {"soft_cap": 2.0, "scale": 0.7}),
     Case("all padding", Heads(2, 1, 16, 8), (0, 0)),
+    Case("smallest pool", Heads(1, 1, 96, 16, "float16"), (1,)),
 )
 
 _RNG = np.random.default_rng(0)

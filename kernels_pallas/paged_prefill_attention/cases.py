@@ -76,6 +76,7 @@ TESTS: Final = (
     Case("window of one", Heads(4, 2, 16, 8), (20, 30), (70, 0), 0, {"window": 1}),
     Case("soft cap and scale", Heads(4, 2, 16, 8), (30,), (9,), 2, {"soft_cap": 2.0, "scale": 0.7}),
     Case("no chunk at all", Heads(2, 1, 16, 8), (0, 0), (0, 20), num_padding=4),
+    Case("smallest pool", Heads(1, 1, 96, 16, "float16"), (1,), (0,)),
     Case("group of 8, float16", Heads(8, 1, 128, 32, "float16"), (19, 1, 6), (410, 63, 0)),
     Case("group of 3, head_dim 256", Heads(3, 1, 256, 16, "bfloat16"), (13,), (200,), 7),
     Case(
