@@ -112,10 +112,8 @@ class Coordinator:
                 partition = partition_of(self._shares, self._phases, now)
                 args = (query_id, self._counts, partition, self._scheduler, self._shares, now)
                 self._to_client(client, stats_of(*args))
-            case SetPartition():
-                self._set_partition(client, message)
-            case SetSlo():
-                self._set_slo(client, message)
+            case SetPartition() | SetSlo():
+                self._change(client, message)
 
     def worker_lost(self, phase: Phase, worker_id: str) -> None:
         """The process is gone for good, and a replacement is being started."""
@@ -190,32 +188,28 @@ class Coordinator:
             workers.remove(worker_id)
             self._tell_launcher(RetireWorker(worker_id=worker_id))
 
-    def _set_partition(self, client: str, message: SetPartition) -> None:
+    def _set_partition(self, message: SetPartition) -> None:
         given = (message.prefill, message.decode) != (None, None)
-        policy = "static" if given else message.policy
-        error = None if policy is None else self._set_policy(policy, self._shares.targets)
-        if error is None:
-            if message.prefill is not None:
-                self._ask_for("prefill", message.prefill)
-            if message.decode is not None:
-                self._ask_for("decode", message.decode)
-        self._reply(client, message.query_id, error)
+        policy: SharePolicy | None = "static" if given else message.policy
+        if policy is not None:
+            self._shares.set_policy(policy, self._shares.targets)
+        if message.prefill is not None:
+            self._ask_for("prefill", message.prefill)
+        if message.decode is not None:
+            self._ask_for("decode", message.decode)
 
-    def _set_slo(self, client: str, message: SetSlo) -> None:
-        targets = _with_slo(self._shares.targets, message)
-        self._reply(client, message.query_id, self._set_policy(self._shares.policy, targets))
-
-    def _set_policy(self, policy: SharePolicy, targets: SloTargets) -> str | None:
-        """Why it cannot be set."""
+    def _change(self, client: str, change: SetPartition | SetSlo) -> None:
+        error = None
         try:
-            self._shares.set_policy(policy, targets)
-        except ConfigError as error:
-            return str(error)
-        return None
-
-    def _reply(self, client: str, query_id: int, error: str | None) -> None:
+            if isinstance(change, SetPartition):
+                self._set_partition(change)
+            else:
+                targets = _with_slo(self._shares.targets, change)
+                self._shares.set_policy(self._shares.policy, targets)
+        except ConfigError as refusal:
+            error = str(refusal)
         partition = partition_of(self._shares, self._phases, self._clock())
-        self._to_client(client, PartitionReply(query_id, partition, error))
+        self._to_client(client, PartitionReply(change.query_id, partition, error))
 
     # ------------------------------------------------------------ plan and send
 

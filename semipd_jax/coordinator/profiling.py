@@ -16,6 +16,7 @@ import msgspec
 
 from semipd_jax.child import Child, run_child
 from semipd_jax.config import EngineConfig
+from semipd_jax.coordinator.coordinator import DEPTH
 from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.trials import Trial, step_of, trials
 from semipd_jax.errors import EngineError, StartupError
@@ -35,7 +36,6 @@ from semipd_jax.tuner.work import Work, work_of
 SAMPLES_FILE: Final = "samples.json"
 STAGE: Final = "measure"
 
-_DEPTH: Final = 2
 _WARM_UP: Final = 2  # steps of each phase before those that count
 _MOST_STEPS: Final = 8
 _FEWEST_STEPS: Final = 2
@@ -93,7 +93,7 @@ class Bench:
 
     def _fill(self, run: "_Run") -> None:
         for phase, shape in run.trial.shapes.items():
-            while len(run.lanes[phase]) < _DEPTH:
+            while len(run.lanes[phase]) < DEPTH:
                 step = step_of(shape, self._next_id, self._layout)
                 self._next_id += 1
                 worker = self._ids[phase, run.trial.shares[phase]]
