@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from semipd_jax.simulator.report import ORIGINS
+from semipd_jax.tuner.tuner import PHASES
 
 _SUFFIXES: Final = ("png", "svg")
 _STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "semipd", "font.size": 8}
@@ -18,8 +19,8 @@ _PERCENTILES: Final = ("p50", "p90", "p99")
 def draw(load: Mapping[str, Any], folder: Path) -> list[Path]:
     """Returns the files."""
     figures = {"attainment": _attainment(load), "latency": _latency(load)}
-    if any(result["shares"] for result in load["systems"].values()):
-        figures["shares"] = _shares(load)
+    if moving := {n: r["shares"] for n, r in load["systems"].items() if _move(r["shares"])}:
+        figures["shares"] = _shares(load, moving)
     files: list[Path] = []
     with mpl.rc_context(_STYLE):
         for name, figure in figures.items():
@@ -52,13 +53,16 @@ def _latency(load: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _shares(load: Mapping[str, Any]) -> Figure:
-    shown = {name: r["shares"] for name, r in load["systems"].items() if r["shares"]}
-    figure, panels = _figure(load, len(shown), 1)
-    for axes, (name, shares) in zip(panels, shown.items(), strict=True):
-        for phase in ("prefill", "decode"):
+def _move(shares: Mapping[str, Any] | None) -> bool:
+    return shares is not None and any(len(set(shares[phase])) > 1 for phase in PHASES)
+
+
+def _shares(load: Mapping[str, Any], moving: Mapping[str, Any]) -> Figure:
+    figure, panels = _figure(load, len(moving), 1)
+    for axes, (name, shares) in zip(panels, moving.items(), strict=True):
+        for phase in PHASES:
             if shares[phase]:
-                axes.step(shares["ends_s"], shares[phase], label=phase, linewidth=0.9)
+                axes.step(shares["ends_s"], shares[phase], label=phase, linewidth=0.9, where="pre")
         axes.set_ylim(0, 1.05)
         axes.set_ylabel(name)
         axes.set_xlabel("seconds, at the goodput")

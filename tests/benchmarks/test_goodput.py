@@ -218,10 +218,14 @@ def test_command_measures_draws_and_draws_again(tmp_path, capsys):
     (measured,) = result["loads"]
     assert measured["systems"].keys() == {"static:1,1", "predictive+spf"}
     assert set(measured["better_statics"]) <= {"static:1,1", "static:1,1+spf"}
-    for name in ("attainment", "latency", "shares"):
+    for name in ("attainment", "latency"):
         for suffix in ("png", "svg"):
             assert (tmp_path / f"a/sharegpt-{name}.{suffix}").stat().st_size > 1000
-    assert main(["--from", str(tmp_path / "a/goodput.json"), "--out", str(tmp_path / "b")]) == 0
+    assert not (tmp_path / "a/sharegpt-shares.svg").exists(), "they did not move"
+    measured["systems"]["predictive+spf"]["shares"]["decode"][5:9] = [0.4] * 4
+    (tmp_path / "moved.json").write_text(json.dumps(result))
+    assert main(["--from", str(tmp_path / "moved.json"), "--out", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b/sharegpt-shares.svg").stat().st_size > 1000
     for name in ("goodput.md", "sharegpt-latency.svg"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
