@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -21,8 +22,9 @@ from semipd_server.trace_context import set_trace_context
 type Context = grpc.aio.ServicerContext[Any, Any]
 
 _REQUEST_ID_KEY: Final = "x-request-id"
-WRITE_TIMEOUT_S: Final = 60.0
-"""A client that reads nothing for so long loses its request."""
+_WRITE_TIMEOUT_S: Final = 60.0
+
+_log = logging.getLogger(__name__)
 
 
 class Servicer(Protocol):
@@ -56,6 +58,17 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
     return cast(M, call)
 
 
+async def send(context: Context, message: Message) -> None:
+    """Writes the next message of a stream. If the client has read nothing for too long, the call is
+    cancelled: the write under way leaves no room for a status, which nobody would read anyway."""
+    try:
+        async with asyncio.timeout(_WRITE_TIMEOUT_S):
+            await context.write(message)
+    except TimeoutError as error:
+        _log.warning("a client that read nothing for %.0f s is cut off", _WRITE_TIMEOUT_S)
+        raise asyncio.CancelledError from error
+
+
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """Serves what is behind the gate."""
 
@@ -81,8 +94,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         )
         async with aclosing(events):
             async for event in events:
-                async with asyncio.timeout(WRITE_TIMEOUT_S):
-                    await context.write(event_message(event, request_id))
+                await send(context, event_message(event, request_id))
 
     @rpc
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802

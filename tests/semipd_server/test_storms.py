@@ -5,11 +5,14 @@ import random
 from typing import Any
 
 import grpc
+import pytest
 from openai_rig import while_serving
 from server_rig import Rig, Start
 
-from semipd_jax.request import Delta, Finished
+from semipd_jax.request import Delta, Event, Finished, FinishReason
+from semipd_server import servicer
 from semipd_server.client import AsyncClient
+from semipd_server.convert import event_message
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 
@@ -42,6 +45,40 @@ def test_a_thousand_streams_at_once(start: Start):
                 assert len(tokens) == NUM_TOKENS
             for client in clients:
                 await client.close()
+
+    asyncio.run(main())
+
+
+def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    def much(event: Event, request_id: str) -> pb.GenerateResponse:
+        """More than the buffers between a server and its client hold."""
+        message = event_message(event, request_id)
+        if isinstance(event, Delta):
+            message.delta.text = "x" * (1 << 18)
+        return message
+
+    monkeypatch.setattr(servicer, "event_message", much)
+    monkeypatch.setattr(servicer, "_WRITE_TIMEOUT_S", 1.0)
+
+    async def main():
+        async with start() as rig:
+            sampling = pb.SamplingParams(max_tokens=60, ignore_eos=True)
+            stalled = rig.stub.Generate(pb.GenerateRequest(text="Hi", sampling=sampling))
+            await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+            async with AsyncClient(rig.address) as other:
+                text = await while_serving(rig, other.complete("Hi", max_tokens=3))
+            assert len(text) == 3 << 18
+            for _ in range(30):
+                rig.fake.step()
+                await asyncio.sleep(0.01)  # so that tokens are not merged into one message
+            assert rig.fake.running
+            await rig.fake.until(lambda: not rig.fake.running, stepping=False)
+            assert rig.fake.aborted == [FinishReason.ABORT]
+            ended = rig.front_end.gate.calls.ended
+            assert ended["/semipd.v1.InferenceService/Generate", "CANCELLED"] == 1
+            stalled.cancel()
 
     asyncio.run(main())
 

@@ -24,7 +24,7 @@ from semipd_jax.request import Delta, Finished, Started, TokenLogprob
 from semipd_server.choices import Choice, events
 from semipd_server.gate import Engine, Gate
 from semipd_server.limits import MAX_CHOICES
-from semipd_server.servicer import WRITE_TIMEOUT_S, Context, rpc
+from semipd_server.servicer import Context, rpc, send
 from semipd_server.vllm import limits
 from semipd_server.vllm.convert import logprobs_message, prompt_from, samplings_from, stop_fields
 from semipd_server.vllm.tokenizer import chunks, tokenizer_zip
@@ -68,8 +68,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
             async for index, event in happening:
                 answer = self._answer(event, index, progress[index], len(token_ids))
                 if answer is not None and (request.stream or answer.HasField("complete")):
-                    async with asyncio.timeout(WRITE_TIMEOUT_S):
-                        await context.write(answer)
+                    await send(context, answer)
 
     def _answer(
         self, event: Started | Delta | Finished, index: int, progress: _Progress, prompt_tokens: int
@@ -169,8 +168,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     ) -> None:
         path = self._engine.client.model.tokenizer_path
         for chunk in chunks(await asyncio.to_thread(tokenizer_zip, path)):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await context.write(chunk)
+            await send(context, chunk)
 
     # ------------------------------------------------------------ not here
 
