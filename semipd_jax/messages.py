@@ -56,6 +56,17 @@ class LogitBias(Message, frozen=True):
     values: bytes  # float32
 
 
+class TokenMasks(Message, frozen=True):
+    """Which tokens may be sampled, of the rows whose output must have a form.
+
+    Bit v % 32 of word v // 32 is 1 where token v may follow.
+    """
+
+    width: int  # words: one bit per token id of the model
+    places: bytes  # int32 [masks]: positions of those rows in the step
+    words: bytes  # uint32 [masks, width]
+
+
 class History(Message, frozen=True):
     """The first tokens of a row, whose KV other requests computed."""
 
@@ -85,6 +96,7 @@ class PrefillStep(Message, frozen=True):
     page_table: bytes  # int32 [R, table_width]
     sampling: bytes  # ROW_SAMPLING [R]
     bias: LogitBias | None = None
+    masks: TokenMasks | None = None
     history: tuple[History, ...] = ()
 
 
@@ -103,6 +115,7 @@ class DecodeStep(Message, frozen=True):
     page_table: bytes  # int32 [B, table_width]
     sampling: bytes  # ROW_SAMPLING [B]
     bias: LogitBias | None = None
+    masks: TokenMasks | None = None
 
 
 type ToWorker = PrefillStep | DecodeStep
@@ -206,10 +219,12 @@ type ToCoordinator = Submit | Abort | GetStats | SetPartition | SetSlo
 
 
 class Refused(Message, frozen=True):
-    """The queue is full; `message` says how full."""
+    """The queue is full and `message` says how full, or the request can never succeed because of
+    its `field`."""
 
     handle: int
     message: str
+    field: str = ""
 
 
 class Admitted(Message, frozen=True):

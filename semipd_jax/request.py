@@ -1,6 +1,7 @@
 """A request and what comes back for it, as engine and library users see them."""
 
 import enum
+import json
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +12,13 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_CHARS: Final = 256
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_LOGIT_BIAS: Final = 300
+ANY_OBJECT: Final = '{"type": "object"}'
+"""The schema that every JSON object has."""
+MAX_SCHEMA_CHARS: Final = 65536
+MAX_REGEX_CHARS: Final = 4096
+"""Also of a pattern in a schema: compiling one may take time quadratic in its length."""
+MAX_SCHEMA_DEPTH: Final = 64
+MAX_CHOICE_TEXTS: Final = 1024
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_CACHE_SALT_CHARS: Final = 256
 MAX_PRIORITY: Final = 2**31 - 1
@@ -20,6 +28,21 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence token, stop token or stop string
     LENGTH = "length"  # max_tokens or the model's length limit
     ABORT = "abort"  # the client or the server asked for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """The form that the generated text must have: one of these, by vLLM's names.
+
+    Attributes:
+      json: text of a JSON schema (2020-12); the output is a document that it accepts.
+      regex: a regular expression, in the syntax of Rust's regex, that all of the text matches.
+      choice: the text is one of these.
+    """
+
+    json: str | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +67,8 @@ class SamplingParams:
       logprobs: number of most likely tokens to report per position; 0 reports just the sampled
         one; None reports nothing.
       skip_special_tokens: leave special tokens out of the text.
+      structured_outputs: only tokens that lead to this form are sampled, and the output ends when
+        it cannot go on. None leaves it free.
     """
 
     max_tokens: int | None = None
@@ -63,6 +88,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +233,64 @@ def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:
         p.logprobs,
         f"0 to {MAX_LOGPROBS}, or unset",
     )
+    if p.structured_outputs is not None:
+        _validate_form(p.structured_outputs)
+
+
+def _validate_form(form: StructuredOutputs) -> None:
+    """Bounds what is compiled later; whether it can be is found out there."""
+
+    def require(ok: bool, field: str, value: object, allowed: str) -> None:
+        if not ok:
+            field = f"structured_outputs{field and '.'}{field}"
+            raise InvalidRequestError(f"{field} is {value}; allowed: {allowed}", field=field)
+
+    given = [name for name in ("json", "regex", "choice") if getattr(form, name)]
+    names = " and ".join(given) or "empty"
+    require(len(given) == 1, "", names, "one of json, regex and choice")
+    for field, most in (("json", MAX_SCHEMA_CHARS), ("regex", MAX_REGEX_CHARS)):
+        size = len(getattr(form, field) or "")
+        require(size <= most, field, f"{size} characters long", f"at most {most}")
+    size = sum(map(len, form.choice))
+    allowed = f"at most {MAX_CHOICE_TEXTS} texts of {MAX_SCHEMA_CHARS} characters in all"
+    is_small = len(form.choice) <= MAX_CHOICE_TEXTS and size <= MAX_SCHEMA_CHARS
+    require(is_small, "choice", f"{len(form.choice)} texts of {size} characters", allowed)
+    require(all(form.choice), "choice", "a list with an empty text", "texts of some length")
+    for text in (form.json, form.regex, *form.choice):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            require(False, given[0], f"not Unicode ({error})", "text")
+    if form.json is not None:
+        try:
+            schema = json.loads(form.json)
+        except (ValueError, RecursionError) as error:
+            require(False, "json", f"not JSON ({error})", "the text of a JSON schema")
+        else:
+            require(isinstance(schema, dict), "json", f"{form.json[:40]!r}", "an object")
+            depth, longest = _measure(schema)
+            allowed = f"at most {MAX_SCHEMA_DEPTH}"
+            require(depth <= MAX_SCHEMA_DEPTH, "json", f"{depth} levels deep", allowed)
+            allowed = f"at most {MAX_REGEX_CHARS}"
+            value = f"one with a pattern of {longest} characters"
+            require(longest <= MAX_REGEX_CHARS, "json", value, allowed)
+
+
+def _measure(schema: object) -> tuple[int, int]:
+    """Levels of objects and arrays in each other; characters of the longest name or pattern."""
+    depth = longest = 0
+    level = [schema]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        children: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                pattern = value.get("pattern")
+                texts = [*value, pattern] if isinstance(pattern, str) else [*value]
+                longest = max(longest, *map(len, texts), 0)
+            children += value.values() if isinstance(value, dict) else value
+        level = children
+    return depth, longest
 
 
 def validate_scheduling(*, priority: object, cache_salt: object) -> None:

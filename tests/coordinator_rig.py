@@ -4,11 +4,12 @@ from collections import deque
 
 import msgspec
 import numpy as np
-from fake_device import FakeDevice, next_token
+from fake_device import FakeDevice, mask_of, may_follow, next_token
 
 from semipd_jax.config import ShareConfig
 from semipd_jax.coordinator.coordinator import Coordinator
 from semipd_jax.coordinator.shares import ShareControl
+from semipd_jax.coordinator.structured import Compiled, Masked
 from semipd_jax.messages import (
     Done,
     Outputs,
@@ -17,9 +18,9 @@ from semipd_jax.messages import (
     ToLauncher,
     WorkerReady,
 )
-from semipd_jax.request import Request, SamplingParams
+from semipd_jax.request import Request, SamplingParams, StructuredOutputs
 from semipd_jax.scheduler.scheduler import Scheduler
-from semipd_jax.scheduler.state import Limits
+from semipd_jax.scheduler.state import Constraint, Limits
 
 LIMITS = Limits(
     page_size=4,
@@ -51,13 +52,52 @@ class Sent:
         return True
 
 
+class FakeGrammars:
+    """The grammar of `fake_device.may_follow` for all, at once, but late for handles in `late`.
+    A form that is a lone "(" is wrong."""
+
+    def __init__(self) -> None:
+        self.late: set[int] = set()
+        self._held: list[Compiled | Masked] = []
+        self._ready: list[Compiled | Masked] = []
+
+    def compile(self, client: str, handle: int, request: Request) -> None:
+        if request.sampling.structured_outputs.regex == "(":
+            made = Compiled(client, handle, request, None, "unclosed", "structured_outputs.regex")
+        else:
+            made = Compiled(client, handle, request, Constraint(None, mask_of([])))
+        (self._held if handle in self.late else self._ready).append(made)
+
+    def advance(self, request, token_id: int) -> None:
+        output = request.token_ids[request.num_prompt :]
+        assert output[-1] == token_id
+        made = Masked(request, mask_of(output))
+        (self._held if request.handle in self.late else self._ready).append(made)
+
+    def take(self, wait_s: float = 0.0) -> list[Compiled | Masked]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def release(self) -> None:
+        """What is late is there."""
+        self._ready += self._held
+        self._held = []
+
+
 class Engine:
-    def __init__(self, shares: ShareConfig = NO_LADDER, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        shares: ShareConfig = NO_LADDER,
+        limits: Limits = LIMITS,
+        *,
+        has_grammars: bool = True,
+    ) -> None:
         self.now = 0.0
         self.asked: list[ToLauncher] = []
         self.workers, self.clients = Sent(), Sent()
         self.device = FakeDevice(num_pages=40, page_size=4, num_rows=9, length=33)
         self.scheduler = Scheduler(limits)
+        self.grammars = FakeGrammars()
         self.coordinator = Coordinator(
             self.scheduler,
             self.workers,
@@ -65,6 +105,7 @@ class Engine:
             ShareControl(shares),
             step_timeout_s=10.0,
             tell_launcher=self.asked.append,
+            grammars=self.grammars if has_grammars else None,
             clock=lambda: self.now,
         )
 
@@ -72,11 +113,23 @@ class Engine:
         for phase in ("prefill", "decode"):
             self.coordinator.from_worker(WorkerReady(f"{phase}-{generation}", phase, 1.0))
 
-    def submit(self, handle: int, *, prompt_len: int = 6, max_tokens: int = 8, client: str = "c"):
+    def submit(
+        self,
+        handle: int,
+        *,
+        prompt_len: int = 6,
+        max_tokens: int = 8,
+        client: str = "c",
+        regex: str | None = None,
+    ) -> Request:
+        """With a `regex`, the output is constrained."""
+        form = None if regex is None else StructuredOutputs(regex=regex)
         request = Request(
             request_id=str(handle),
             prompt_token_ids=tuple((handle + i) % 50 for i in range(prompt_len)),
-            sampling=SamplingParams(max_tokens=max_tokens, seed=handle, logprobs=None),
+            sampling=SamplingParams(
+                max_tokens=max_tokens, seed=handle, logprobs=None, structured_outputs=form
+            ),
         )
         self.coordinator.from_client(client, Submit(handle, request))
         return request
@@ -114,5 +167,9 @@ class Engine:
 def expected(request: Request) -> list[int]:
     output: list[int] = []
     while len(output) < request.sampling.max_tokens:
-        output.append(next_token([*request.prompt_token_ids, *output], request.sampling.seed))
+        allowed = None if request.sampling.structured_outputs is None else may_follow(output)
+        if allowed == []:
+            break
+        tokens = [*request.prompt_token_ids, *output]
+        output.append(next_token(tokens, request.sampling.seed, allowed))
     return output

@@ -14,12 +14,26 @@ from semipd_jax.messages import ROW_SAMPLING, DecodeStep, PrefillStep, StepDone
 VOCAB = 50
 
 
-def next_token(tokens: list[int], seed: int) -> int:
-    """The token that follows `tokens`."""
+def next_token(tokens: list[int], seed: int, allowed: list[int] | None = None) -> int:
+    """The token that follows `tokens`, one of those `allowed`."""
     value = seed
     for token in tokens:
         value = (value * 31 + token + 7) % 1_000_003
-    return value % VOCAB
+    return value % VOCAB if allowed is None else allowed[value % len(allowed)]
+
+
+def may_follow(output: list[int]) -> list[int]:
+    """A grammar: the tokens that may come after `output`; none if it is complete."""
+    if sum(output) % 11 == 5:
+        return []
+    return [token for token in range(VOCAB) if (token + sum(output)) % 7 in (1, 3)]
+
+
+def mask_of(output: list[int]) -> bytes | None:
+    """The mask of `may_follow`."""
+    bits = np.zeros(64, np.uint8)
+    bits[may_follow(output)] = 1
+    return np.packbits(bits, bitorder="little").tobytes() if bits.any() else None
 
 
 def extended(prefix: int, token: int) -> int:
@@ -67,6 +81,7 @@ class FakeDevice:
             new = [self.tokens[r, c - 1 : c] for r, c in zip(rows, context_lens, strict=True)]
             samples = np.ones(len(rows), np.bool_)
         sampled = np.zeros(len(rows), np.int32)
+        allowed = _allowed(step)
         for i, row in enumerate(rows):
             end = int(context_lens[i])
             self._write(table[i], row, end - len(new[i]), new[i])
@@ -74,7 +89,7 @@ class FakeDevice:
                 assert len(new[i]), "there is no hidden state to sample from"
                 context = self._read(table[i], end)
                 assert self.tokens[row, :end].tolist() == context, "the row lacks some history"
-                sampled[i] = next_token(context, int(sampling["seed"][i]))
+                sampled[i] = next_token(context, int(sampling["seed"][i]), allowed.get(i))
                 self.tokens[row, end] = sampled[i]
         return StepDone(worker_id, step.step_id, sampled.tobytes(), device_s=0.0, num_compiles=0)
 
@@ -99,3 +114,13 @@ class FakeDevice:
 
     def _slot(self, pages: np.ndarray, position: int) -> tuple[int, int]:
         return int(pages[position // self.page_size]), position % self.page_size
+
+
+def _allowed(step: PrefillStep | DecodeStep) -> dict[int, list[int]]:
+    """Tokens that may be sampled, by position in the step, where not all may."""
+    if step.masks is None:
+        return {}
+    words = np.frombuffer(step.masks.words, np.uint8).reshape(-1, 4 * step.masks.width)
+    bits = np.unpackbits(words, axis=1, bitorder="little")
+    places = np.frombuffer(step.masks.places, np.int32)
+    return {int(i): np.flatnonzero(row).tolist() for i, row in zip(places, bits, strict=True)}

@@ -1,10 +1,10 @@
 """A scheduler with a fake device behind it, requests for it, and what must come out."""
 
-from fake_device import FakeDevice, next_token
+from fake_device import FakeDevice, mask_of, may_follow, next_token
 
-from semipd_jax.request import FinishReason, Request, SamplingParams
+from semipd_jax.request import FinishReason, Request, SamplingParams, StructuredOutputs
 from semipd_jax.scheduler.scheduler import Result, Scheduler
-from semipd_jax.scheduler.state import Limits
+from semipd_jax.scheduler.state import Constraint, Limits, RequestState
 
 PAGE_SIZE, MAX_LEN = 4, 24
 
@@ -35,16 +35,41 @@ def make_prompt(length: int, kind: int = 0) -> tuple[int, ...]:
 
 
 def make_request(
-    prompt: int | tuple[int, ...], max_tokens: int, *, seed: int = 0, stop=(), **fields
+    prompt: int | tuple[int, ...],
+    max_tokens: int,
+    *,
+    seed: int = 0,
+    stop=(),
+    constrained: bool = False,
+    **fields,
 ) -> Request:
-    """`prompt` may be a length: prompts with different seeds then have no page in common."""
+    """`prompt` may be a length: prompts with different seeds then have no page in common. What
+    `fake_device.may_follow` says is the form of constrained ones."""
     tokens = make_prompt(prompt, seed) if isinstance(prompt, int) else prompt
     return Request(
         request_id=f"{len(tokens)}-{max_tokens}-{seed}",
         prompt_token_ids=tokens,
-        sampling=SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=tuple(stop)),
+        sampling=SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=tuple(stop),
+            structured_outputs=StructuredOutputs(regex="x") if constrained else None,
+        ),
         **fields,
     )
+
+
+def constraint_of(request: Request) -> Constraint | None:
+    """As `Scheduler.submit` takes it."""
+    if request.sampling.structured_outputs is None:
+        return None
+    return Constraint(matcher=None, mask=mask_of([]))
+
+
+def make_mask(scheduler: Scheduler, request: RequestState) -> Result:
+    """What the threads that make masks would do."""
+    output = request.token_ids[request.num_prompt :]
+    return scheduler.mask_made(request, mask_of(output), now_s=0.0)
 
 
 def expected(request: Request) -> tuple[list[int], FinishReason]:
@@ -52,7 +77,10 @@ def expected(request: Request) -> tuple[list[int], FinishReason]:
     tokens, sampling = list(request.prompt_token_ids), request.sampling
     output: list[int] = []
     while len(output) < (sampling.max_tokens or 0):
-        output.append(next_token([*tokens, *output], sampling.seed or 0))
+        allowed = None if sampling.structured_outputs is None else may_follow(output)
+        if allowed == []:
+            return output, FinishReason.STOP
+        output.append(next_token([*tokens, *output], sampling.seed or 0, allowed))
         if output[-1] in sampling.stop_token_ids:
             return output, FinishReason.STOP
     return output, FinishReason.LENGTH
@@ -80,7 +108,10 @@ def run_to_end(scheduler: Scheduler, device: FakeDevice, outcome: Outcome, *, mo
         sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
         if sent is None:
             break
-        outcome.take(scheduler.step_done(device.run(sent.step), now_s=0.0))
+        result = scheduler.step_done(device.run(sent.step), now_s=0.0)
+        outcome.take(result)
+        for token in result.unmasked:
+            outcome.take(make_mask(scheduler, token.request))
         scheduler.state.check()
     assert not scheduler.state.requests, "requests are stuck"
     assert not scheduler.state.in_flight

@@ -1,5 +1,6 @@
 """Requests come, go and are aborted while two devices run steps late, and die and run again."""
 
+import functools
 import itertools
 import random
 from collections import Counter, deque
@@ -12,7 +13,9 @@ from scheduler_cases import (
     MAX_LEN,
     PAGE_SIZE,
     Outcome,
+    constraint_of,
     expected,
+    make_mask,
     make_prompt,
     make_request,
     make_scheduler,
@@ -22,6 +25,7 @@ from scheduler_cases import (
 from semipd_jax.messages import DecodeStep, PrefillStep
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request
+from semipd_jax.scheduler.state import RequestState
 
 _LONG_PROMPT = st.tuples(st.integers(1, 18), st.integers(1, 8))
 _LONG_OUTPUT = st.tuples(st.integers(1, 6), st.integers(10, 20))
@@ -46,6 +50,7 @@ class Serving(RuleBasedStateMachine):
             enable_prefix_caching=caching,
         )
         self.queues = {"prefill": deque(), "decode": deque()}
+        self.unmasked: list[RequestState] = []
         self.requests: dict[int, Request] = {}
         self.states = []
         self.num_learnt = Counter()
@@ -69,6 +74,7 @@ class Serving(RuleBasedStateMachine):
         for prompt_len, max_tokens in lengths:
             prompt = make_prompt(prompt_len, kind)
             fields = {"seed": seed, "stop": [seed % 50], "cache_salt": salt, "priority": priority}
+            fields["constrained"] = seed % 3 == 2
             self._submit(make_request(prompt, min(max_tokens, MAX_LEN - prompt_len), **fields))
 
     @precondition(lambda self: self.outcome.tokens)
@@ -83,7 +89,9 @@ class Serving(RuleBasedStateMachine):
     def _submit(self, request: Request) -> None:
         handle = next(self.handles)
         self.now += 1.0
-        assert self.scheduler.submit("c", handle, request, now_s=self.now) is None
+        constraint = constraint_of(request)
+        submit = functools.partial(self.scheduler.submit, constraint=constraint)
+        assert submit("c", handle, request, now_s=self.now) is None
         self.requests[handle] = request
         self.states.append(self.scheduler.state.requests["c", handle])
 
@@ -97,7 +105,9 @@ class Serving(RuleBasedStateMachine):
         rng = random.Random(seed)
         for _ in range(num_moves):
             phase = rng.choice(["prefill", "decode"])
-            if rng.random() > eagerness:
+            if self.unmasked and rng.random() < 0.3:
+                self._make_mask(rng.randrange(len(self.unmasked)))
+            elif rng.random() > eagerness:
                 self._answer(phase)
             elif len(self.queues[phase]) < 2:
                 self._plan(phase)
@@ -114,7 +124,12 @@ class Serving(RuleBasedStateMachine):
     def _answer(self, phase):
         if self.queues[phase]:
             reply = self.device.run(self.queues[phase].popleft())
-            self.outcome.take(self.scheduler.step_done(reply, now_s=0.0))
+            result = self.scheduler.step_done(reply, now_s=0.0)
+            self.outcome.take(result)
+            self.unmasked += [token.request for token in result.unmasked]
+
+    def _make_mask(self, i):
+        self.outcome.take(make_mask(self.scheduler, self.unmasked.pop(i)))
 
     def _allocate(self, n):
         pages = self.allocate(n)
@@ -188,6 +203,8 @@ class Serving(RuleBasedStateMachine):
         for phase in self.queues:
             while self.queues[phase]:
                 self._answer(phase)
+        while self.unmasked:
+            self._make_mask(0)
         run_to_end(self.scheduler, self.device, self.outcome)
         assert set(self.outcome.endings) == set(self.requests), "a request got no answer"
         for handle, request in self.requests.items():

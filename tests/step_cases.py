@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semipd_jax.messages import ROW_SAMPLING, DecodeStep, History, MemoryLayout, PrefillStep
+from semipd_jax.messages import (
+    ROW_SAMPLING,
+    DecodeStep,
+    History,
+    MemoryLayout,
+    PrefillStep,
+    TokenMasks,
+)
 from semipd_jax.models import module
 from semipd_jax.models.registry import parse_spec
 from semipd_jax.runtime.batch import Sampling
@@ -25,8 +32,16 @@ def columns(num_rows, **changes):
     return table
 
 
-def sampling(num_rows, *, bias=None, **changes):
-    """`bias`: for each row a dict of token id → value."""
+def packed_mask(allowed, width):
+    """The words of a token mask."""
+    words = np.zeros(width, np.uint32)
+    for token_id in allowed:
+        words[token_id // 32] |= np.uint32(1 << token_id % 32)
+    return words
+
+
+def sampling(num_rows, *, bias=None, masks=None, **changes):
+    """`bias`: for each row a dict of token id → value; `masks`: a mask or None for each row."""
     table = columns(num_rows, **changes)
     biases = bias or [{}] * num_rows
     width = max(1, *(len(b) for b in biases))
@@ -39,7 +54,15 @@ def sampling(num_rows, *, bias=None, **changes):
         **{name: jnp.asarray(table[name]) for name in ROW_SAMPLING.names},
         bias_token_ids=jnp.asarray(token_ids),
         bias_values=jnp.asarray(values),
+        **_masks(masks or [None] * num_rows),
     )
+
+
+def _masks(rows):
+    given = [row for row in rows if row is not None] or [np.zeros(4096, np.uint32)]
+    has_mask = np.array([row is not None for row in rows])
+    ids = np.where(has_mask, np.cumsum(has_mask), 0)
+    return {"mask_ids": jnp.asarray(ids.astype(np.int32)), "masks": (jnp.asarray(given),)}
 
 
 def history(*rows, length=600):
@@ -176,8 +199,14 @@ def prefill_message(chunks, *, step_id=0, sampling=None, history=()):
     )
 
 
-def decode_message(requests, *, step_id=0, sampling=None, bias=None):
-    """`requests`: (row, page ids, context length) of each."""
+def token_masks(masks):
+    """`TokenMasks` from place → words of a mask."""
+    words = np.stack(list(masks.values()))
+    return TokenMasks(words.shape[1], int32(list(masks)), words.tobytes())
+
+
+def decode_message(requests, *, step_id=0, sampling=None, bias=None, masks=None):
+    """`requests`: (row, page ids, context length) of each; `masks`: as in `token_masks`."""
     rows, pages, context_lens = zip(*requests, strict=True)
     width, table = page_table(pages)
     return DecodeStep(
@@ -188,4 +217,5 @@ def decode_message(requests, *, step_id=0, sampling=None, bias=None):
         page_table=table,
         sampling=(columns(len(rows)) if sampling is None else sampling).tobytes(),
         bias=bias,
+        masks=None if masks is None else token_masks(masks),
     )

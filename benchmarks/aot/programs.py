@@ -66,10 +66,11 @@ _NUM_PAGES: Final = 6000  # 47 GiB in 32 layers
 _NUM_ROWS: Final = 257
 _MAX_LEN: Final = 32768
 _BIAS_WIDTH: Final = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + 3
+_MASK_WIDTH: Final = 128256 // 32
 
 BUCKETS: Final[dict[Phase, Bucket]] = {
-    "prefill": Bucket(2048, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH),
-    "decode": Bucket(64, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH),
+    "prefill": Bucket(2048, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH, _MASK_WIDTH),
+    "decode": Bucket(64, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH, _MASK_WIDTH),
 }
 
 

@@ -380,10 +380,12 @@ class EngineClient:
                 if stream := self._streams.get(handle):
                     stream.admitted(message)
                     self.observations.admitted(stream.prompt_len)
-            case Refused(handle=handle, message=text):
+            case Refused(handle=handle, message=text, field=field):
                 if stream := self._streams.get(handle):
                     self._forget(stream)
-                    error = OverloadedError(text)
+                    error = (
+                        InvalidRequestError(text, field=field) if field else OverloadedError(text)
+                    )
                     stream.refused(error)
                     self.observations.refusal(error)
             case Stats(query_id=query_id) | PartitionReply(query_id=query_id):

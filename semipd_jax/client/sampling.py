@@ -9,9 +9,15 @@ from typing import Any, Final, get_type_hints
 import msgspec
 
 from semipd_jax.errors import CheckpointError, InvalidRequestError
-from semipd_jax.request import SamplingParams, validate_prompt, validate_sampling
+from semipd_jax.request import (
+    SamplingParams,
+    StructuredOutputs,
+    validate_prompt,
+    validate_sampling,
+)
 
 _TYPES: Final = get_type_hints(SamplingParams)
+_FORM_FIELDS: Final = tuple(field.name for field in dataclasses.fields(StructuredOutputs))
 _GENERATION_CONFIG: Final = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -46,7 +52,8 @@ def load_generation_defaults(directory: str) -> dict[str, Any]:
 def parse_sampling(given: SamplingParams | Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are set, with their types checked. In a mapping, None means unset.
 
-    A mapping may give one stop string as it is, and `logit_bias` as a mapping.
+    A mapping may give one stop string as it is, `logit_bias` as a mapping, and `structured_outputs`
+    as one, its `json` being a schema or the text of one.
 
     Raises:
       InvalidRequestError: a name or a type is wrong.
@@ -66,11 +73,26 @@ def parse_sampling(given: SamplingParams | Mapping[str, Any]) -> dict[str, Any]:
             value = (value,)
         if name == "logit_bias" and isinstance(value, Mapping):
             value = tuple(value.items())
+        if name == "structured_outputs" and isinstance(value, Mapping):
+            value = _form(value)
         try:
             fields[name] = msgspec.convert(value, _TYPES[name])
         except msgspec.ValidationError as error:
             raise InvalidRequestError(f"{name} is {value!r:.80}: {error}", field=name) from error
     return fields
+
+
+def _form(given: Mapping[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if name not in _FORM_FIELDS:
+            raise InvalidRequestError(
+                f"structured_outputs has {name!r:.80}; allowed: {', '.join(_FORM_FIELDS)}",
+                field="structured_outputs",
+            )
+    form = {name: value for name, value in given.items() if value is not None}
+    if isinstance(form.get("json"), Mapping):
+        form["json"] = msgspec.json.encode(form["json"]).decode()
+    return form
 
 
 def complete_sampling(

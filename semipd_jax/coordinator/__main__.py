@@ -1,15 +1,21 @@
 """`python -m semipd_jax.coordinator`: a child process of the launcher."""
 
+import logging
 import time
+from pathlib import Path
 from typing import Final
 
 from semipd_jax.child import Child, run_child
+from semipd_jax.config import ModelConfig
 from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.coordinator.structured import GrammarThreads
 from semipd_jax.coordinator.tuned import TunedShares
 from semipd_jax.errors import StartupError
+from semipd_jax.grammar.grammars import Grammars
 from semipd_jax.messages import (
     FromCoordinator,
     FromWorker,
+    MemoryLayout,
     ShareUnavailable,
     ToCoordinator,
     ToWorker,
@@ -21,6 +27,8 @@ from semipd_jax.transport.channels import CLIENTS, WORKERS, Hub, Poller
 from semipd_jax.tuner.setup import targets_of, tuner_factory
 
 _TICK_S: Final = 0.5
+
+_log = logging.getLogger(__name__)
 
 
 def main(child: Child) -> None:
@@ -52,6 +60,7 @@ def main(child: Child) -> None:
         policy=tuning.policy,
         targets=targets_of(tuning),
     )
+    grammars = _grammars(spec.config.model, layout)
     coordinator = Coordinator(
         scheduler,
         workers,
@@ -59,10 +68,13 @@ def main(child: Child) -> None:
         shares,
         step_timeout_s=spec.config.timeouts.step_s,
         tell_launcher=child.send,
+        grammars=grammars,
     )
     poller = Poller()
     for source in (workers, clients, child.fileno()):
         poller.add(source)
+    if grammars is not None:
+        poller.add(grammars.fileno())
     child.ready()
     while not child.stopping.is_set():
         poller.wait(_TICK_S)
@@ -78,10 +90,22 @@ def main(child: Child) -> None:
             coordinator.from_worker(message)
         for client, message in clients.receive():
             coordinator.from_client(client, message)
+        if grammars is not None:
+            coordinator.masks_made()
         coordinator.watch()
         child.alive()
     workers.close()
     clients.close()
+
+
+def _grammars(model: ModelConfig, layout: MemoryLayout) -> GrammarThreads | None:
+    """None if masks cannot be made for the model's tokenizer."""
+    try:
+        text = (Path(model.tokenizer_path) / "tokenizer.json").read_text("utf-8")
+        return GrammarThreads(Grammars(text, layout.vocab_size, layout.eos_token_ids))
+    except (OSError, ValueError) as error:
+        _log.warning("no structured outputs with this tokenizer: %s", error)
+        return None
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ from semipd_jax.config import SharePolicy
 from semipd_jax.coordinator.outbox import outputs
 from semipd_jax.coordinator.report import Counts, partition_of, stats_of
 from semipd_jax.coordinator.shares import ShareControl
+from semipd_jax.coordinator.structured import Compiled, Masked, MaskMaker
 from semipd_jax.coordinator.workers import PhaseWorkers
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import (
     Abort,
     Admitted,
     DecodeStep,
+    Done,
     FromCoordinator,
     FromWorker,
     GetStats,
+    Outputs,
     PartitionReply,
     Phase,
     PrefillStep,
@@ -39,10 +42,14 @@ from semipd_jax.messages import (
     ToWorker,
     WorkerReady,
 )
+from semipd_jax.request import Request, Timings
 from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
+from semipd_jax.scheduler.state import Constraint
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
 DEPTH: Final = 2
+_MASK_WAIT_S: Final = 0.001
+"""The loop waits so long for masks, so that their rows take part in the very next step."""
 _OTHER: Final[dict[Phase, Phase]] = {"decode": "prefill", "prefill": "decode"}
 """In the order of planning: decode may preempt requests for pages, what it leaves is prefill's."""
 
@@ -63,6 +70,7 @@ class Coordinator:
       shares: at which share each phase should run.
       tell_launcher: told of a worker that holds a step for longer than `step_timeout_s`, and which
         workers beside those of the ladder are wanted.
+      grammars: None if the model's tokenizer does not allow structured outputs.
       clock: seconds; one clock for everything in this process.
     """
 
@@ -75,6 +83,7 @@ class Coordinator:
         *,
         step_timeout_s: float,
         tell_launcher: Callable[[ToLauncher], None],
+        grammars: MaskMaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
@@ -83,6 +92,8 @@ class Coordinator:
         self._shares = shares
         self._step_timeout_s = step_timeout_s
         self._tell_launcher = tell_launcher
+        self._grammars = grammars
+        self._compiling: dict[tuple[str, int], float] = {}  # request → arrival
         self._clock = clock
         self._phases: dict[Phase, PhaseWorkers] = {phase: PhaseWorkers(phase) for phase in _OTHER}
         self._counts = Counts()
@@ -100,12 +111,14 @@ class Coordinator:
         now = self._clock()
         match message:
             case Submit(handle=handle, request=request):
-                refusal = self._scheduler.submit(client, handle, request, now_s=now)
-                if refusal is None:
-                    self._send_steps()
+                if request.sampling.structured_outputs is None:
+                    self._submit(client, handle, request, now)
                 else:
-                    self._to_client(client, Refused(handle, refusal))
+                    self._compile(client, handle, request)
             case Abort(handle=handle, reason=reason):
+                if (arrival_s := self._compiling.pop((client, handle), None)) is not None:
+                    done = Done(handle, reason, Timings(queue_s=now - arrival_s), 0)
+                    self._to_client(client, Outputs(b"", b"", [], [done]))
                 self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
                 self._send_steps()  # a row and pages may have come free
             case GetStats(query_id=query_id):
@@ -114,6 +127,15 @@ class Coordinator:
                 self._to_client(client, stats_of(*args))
             case SetPartition() | SetSlo():
                 self._change(client, message)
+
+    def masks_made(self) -> None:
+        """Takes what grammars made meanwhile. Call it whenever there may be."""
+        assert self._grammars is not None
+        if made := self._grammars.take():
+            result = Result()
+            self._apply(made, result)
+            self._send_steps()
+            self._deliver(result)
 
     def worker_lost(self, phase: Phase, worker_id: str) -> None:
         """The process is gone for good, and a replacement is being started."""
@@ -157,6 +179,10 @@ class Coordinator:
         self._counts.num_compiles[reply.worker_id] = reply.num_compiles
         self._shares.step_done(phase.phase, reply.device_s)
         result = self._scheduler.step_done(reply, now_s=now)
+        if result.unmasked and self._grammars is not None:
+            for token in result.unmasked:
+                self._grammars.advance(token.request, token.token_id)
+            self._apply(self._grammars.take(_MASK_WAIT_S), result)
         self._send_steps()
         self._deliver(result)
         self._retire_spare(phase)
@@ -170,6 +196,58 @@ class Coordinator:
             self._shares.steps_lost(workers.phase)
             self._deliver(self._scheduler.worker_lost(step_ids, now_s=self._clock()))
         self._send_steps()
+
+    # ------------------------------------------------------------ requests
+
+    def _submit(
+        self,
+        client: str,
+        handle: int,
+        request: Request,
+        arrival_s: float,
+        constraint: Constraint | None = None,
+    ) -> None:
+        refusal = self._scheduler.submit(
+            client, handle, request, now_s=arrival_s, constraint=constraint
+        )
+        if refusal is None:
+            self._send_steps()
+        else:
+            self._to_client(client, Refused(handle, refusal))
+
+    def _compile(self, client: str, handle: int, request: Request) -> None:
+        """The request is queued when its grammar is compiled."""
+        if self._grammars is None:
+            field = "structured_outputs"
+            text = f"{field} cannot be had with this model's tokenizer; allowed: unset"
+            self._to_client(client, Refused(handle, text, field))
+        elif len(self._compiling) >= (most := self._scheduler.state.limits.max_num_queued_reqs):
+            text = f"{most} grammars are being compiled already, the most allowed; try again"
+            self._to_client(client, Refused(handle, text))
+        else:
+            self._compiling[client, handle] = self._clock()
+            self._grammars.compile(client, handle, request)
+
+    def _compiled(self, made: Compiled) -> None:
+        client, handle = made.client, made.handle
+        arrival_s = self._compiling.pop((client, handle), None)
+        if arrival_s is None:
+            return  # nobody wants it any more
+        if made.constraint is None:
+            self._to_client(client, Refused(handle, made.error, made.field))
+        else:
+            self._submit(client, handle, made.request, arrival_s, made.constraint)
+
+    def _apply(self, made: list[Compiled | Masked], result: Result) -> None:
+        """Adds the endings that follow from masks to `result`."""
+        now = self._clock()
+        for one in made:
+            match one:
+                case Compiled():
+                    self._compiled(one)
+                case Masked(request=request, mask=mask, error=error):
+                    ended = self._scheduler.mask_made(request, mask, now_s=now, error=error)
+                    result.endings += ended.endings
 
     # ------------------------------------------------------------ shares
 
@@ -258,6 +336,7 @@ class Coordinator:
         if not self._clients.send(client, message):
             _log.warning("client %s is gone: its requests end", client)
             self._scheduler.abort_client(client, now_s=self._clock())
+            self._compiling = {k: s for k, s in self._compiling.items() if k[0] != client}
             self._send_steps()
 
 

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from semipd_jax.config import ShareConfig, SharePolicy
 from semipd_jax.coordinator.overlap import Overlaps
@@ -182,7 +181,7 @@ class TunedShares(ShareControl):
 def upcoming_decode(state: SchedulerState) -> Work | None:
     """The next decode step, if nobody has to wait for pages."""
     table = state.table
-    rows = np.flatnonzero(table.active & (table.context_lens <= table.max_context_lens))
+    rows = table.ready()
     if rows.size == 0:
         return None
     context_tokens = int(table.context_lens[rows].sum())

@@ -1,8 +1,9 @@
 """Batches: what the two step functions read besides weights and shared state.
 
-A step message becomes one vector of 32-bit words and one array of biases, so that a step costs one
-upload (the biases of a step that has none stay on the device). `pack_*` runs on the host with
-NumPy, `unpack_*` inside the compiled step; both follow the same table of fields.
+A step message becomes one vector of 32-bit words, one array of biases and a few of token masks, so
+that a step costs one upload (the biases and masks of a step that has none stay on the device).
+`pack_*` runs on the host with NumPy, `unpack_*` inside the compiled step; both follow the same
+table of fields.
 
 Padding: a padding request has row 0, page 0 and `context_lens` 0, and no tokens. Padding tokens lie
 beyond `cu_q_lens[-1]`.
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from semipd_jax.messages import ROW_SAMPLING, DecodeStep, LogitBias, PrefillStep
+from semipd_jax.messages import ROW_SAMPLING, DecodeStep, LogitBias, PrefillStep, TokenMasks
 from semipd_jax.runtime.buckets import Bucket
 
 _SAMPLING_WORDS: Final = ROW_SAMPLING.itemsize // 4
@@ -28,11 +29,18 @@ _NO_SAMPLING: Final = np.zeros(1, ROW_SAMPLING)
 _NO_SAMPLING["top_p"] = _NO_SAMPLING["repetition_penalty"] = 1.0
 _NO_SAMPLING["num_logprobs"] = -1
 
+_FIRST_MASKS: Final = 8  # a smaller upload takes no less time
+
+type Masks = tuple[UInt32[Array, "_ mask_width"], ...]
+"""Token masks, one after another, in arrays of 8, 8, 16, 32, … (`mask_counts`): a step brings those
+that its masks take, and for the rest the ones that are on the device already."""
+
 
 @no_type_check
 @flax.struct.dataclass
 class Sampling:
-    """`messages.ROW_SAMPLING` by column, and biases. `bias_token_ids` is padded with -1."""
+    """`messages.ROW_SAMPLING` by column, biases and masks. `bias_token_ids` is padded with -1;
+    `mask_ids` is one more than the place of the row's mask in `masks`, or 0 if it has none."""
 
     temperature: Float32[Array, " B"]
     top_p: Float32[Array, " B"]
@@ -46,6 +54,8 @@ class Sampling:
     num_logprobs: Int32[Array, " B"]
     bias_token_ids: Int32[Array, "B W"]
     bias_values: Float32[Array, "B W"]
+    mask_ids: Int32[Array, " B"]
+    masks: Masks
 
 
 @no_type_check
@@ -98,6 +108,7 @@ def prefill_packing(bucket: Bucket) -> Packing:
             "samples": (R,),
             "page_table": (R, bucket.table_width),
             "sampling": (R, _SAMPLING_WORDS),
+            "mask_ids": (R,),
         }
     )
 
@@ -111,6 +122,7 @@ def decode_packing(bucket: Bucket) -> Packing:
             "rows": (B,),
             "page_table": (B, bucket.table_width),
             "sampling": (B, _SAMPLING_WORDS),
+            "mask_ids": (B,),
         }
     )
 
@@ -129,6 +141,7 @@ def pack_prefill(step: PrefillStep, bucket: Bucket) -> Int32[np.ndarray, " words
             "samples": np.frombuffer(step.samples, np.bool_),
             "page_table": _int32(step.page_table).reshape(-1, step.table_width),
             "sampling": _int32(step.sampling).reshape(-1, _SAMPLING_WORDS),
+            "mask_ids": _mask_ids(step),
         },
     )
 
@@ -142,6 +155,7 @@ def pack_decode(step: DecodeStep, bucket: Bucket) -> Int32[np.ndarray, " words"]
             "rows": _int32(step.rows),
             "page_table": _int32(step.page_table).reshape(-1, step.table_width),
             "sampling": _int32(step.sampling).reshape(-1, _SAMPLING_WORDS),
+            "mask_ids": _mask_ids(step),
         },
     )
 
@@ -158,19 +172,52 @@ def pack_bias(bias: LogitBias | None, bucket: Bucket) -> Int32[np.ndarray, "B 2 
     return packed
 
 
+def mask_counts(bucket: Bucket) -> tuple[int, ...]:
+    """Rows of each array of `Masks`. All together they have room for every row of the bucket."""
+    counts = [min(_FIRST_MASKS, bucket.num_rows)]
+    while (total := sum(counts)) < bucket.num_rows:
+        counts.append(min(total, bucket.num_rows - total))
+    return tuple(counts)
+
+
+def pack_masks(
+    masks: TokenMasks | None, bucket: Bucket
+) -> list[UInt32[np.ndarray, "_ mask_width"]]:
+    """The first arrays of `Masks`: as many as the step's masks take, all of them if it has none.
+
+    Raises ValueError if the masks do not fit.
+    """
+    words = np.zeros((0, bucket.mask_width), np.uint32)
+    if masks is not None:
+        words = np.frombuffer(masks.words, "<u4").reshape(-1, masks.width)
+        _require_fit("masks", words.shape, (bucket.num_rows, bucket.mask_width))
+    packed: list[np.ndarray] = []
+    start = 0
+    for count in mask_counts(bucket):
+        if masks is not None and start >= len(words):
+            break
+        part = np.zeros((count, bucket.mask_width), np.uint32)
+        given = words[start : start + count]
+        part[: len(given), : words.shape[1]] = given
+        packed.append(part)
+        start += count
+    return packed
+
+
 def unpack_prefill(
-    packed: Int32[Array, " words"], bias: Int32[Array, "R 2 W"], bucket: Bucket
+    packed: Int32[Array, " words"], bias: Int32[Array, "R 2 W"], masks: Masks, bucket: Bucket
 ) -> PrefillBatch:
     parts = _unpack(prefill_packing(bucket), packed)
-    sampling = _sampling(parts.pop("sampling"), bias)
+    sampling = _sampling(parts.pop("sampling"), bias, parts.pop("mask_ids"), masks)
     return PrefillBatch(**parts | {"samples": parts["samples"] != 0}, sampling=sampling)
 
 
 def unpack_decode(
-    packed: Int32[Array, " words"], bias: Int32[Array, "B 2 W"], bucket: Bucket
+    packed: Int32[Array, " words"], bias: Int32[Array, "B 2 W"], masks: Masks, bucket: Bucket
 ) -> DecodeBatch:
     parts = _unpack(decode_packing(bucket), packed)
-    return DecodeBatch(sampling=_sampling(parts.pop("sampling"), bias), **parts)
+    sampling = _sampling(parts.pop("sampling"), bias, parts.pop("mask_ids"), masks)
+    return DecodeBatch(sampling=sampling, **parts)
 
 
 def _lay_out(shapes: Mapping[str, tuple[int, ...]]) -> Packing:
@@ -198,7 +245,20 @@ def _unpack(packing: Packing, packed: Int32[Array, " words"]) -> dict[str, Array
     return {name: packed[place].reshape(shape) for name, (place, shape) in packing.parts.items()}
 
 
-def _sampling(columns: Int32[Array, "B columns"], bias: Int32[Array, "B 2 W"]) -> Sampling:
+def _mask_ids(step: PrefillStep | DecodeStep) -> Int32[np.ndarray, " B"]:
+    ids = np.zeros(len(step.rows) // 4, np.int32)
+    if step.masks is not None:
+        places = _int32(step.masks.places)
+        ids[places] = np.arange(1, len(places) + 1, dtype=np.int32)
+    return ids
+
+
+def _sampling(
+    columns: Int32[Array, "B columns"],
+    bias: Int32[Array, "B 2 W"],
+    mask_ids: Int32[Array, " B"],
+    masks: Masks,
+) -> Sampling:
     return Sampling(
         **{
             name: lax.bitcast_convert_type(columns[:, i], jnp.dtype(dtype))
@@ -206,6 +266,8 @@ def _sampling(columns: Int32[Array, "B columns"], bias: Int32[Array, "B 2 W"]) -
         },
         bias_token_ids=bias[:, 0],
         bias_values=lax.bitcast_convert_type(bias[:, 1], jnp.float32),
+        mask_ids=mask_ids,
+        masks=masks,
     )
 
 

@@ -24,12 +24,14 @@ class Bucket:
       num_rows: R of a prefill step, B of a decode step.
       table_width: M, pages per row.
       bias_width: logit biases per row.
+      mask_width: 32-bit words of a row's token mask.
     """
 
     num_tokens: int
     num_rows: int
     table_width: int
     bias_width: int
+    mask_width: int
 
     def holds(self, num_tokens: int, num_rows: int) -> bool:
         return num_tokens <= self.num_tokens and num_rows <= self.num_rows
@@ -78,4 +80,5 @@ def _bucket(layout: MemoryLayout, num_tokens: int, num_rows: int) -> Bucket:
         num_rows=num_rows,
         table_width=-(-(layout.max_model_len + 1) // layout.page_size),
         bias_width=MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(layout.eos_token_ids),
+        mask_width=-(-layout.vocab_size // 32),
     )

@@ -46,7 +46,7 @@ class StepKind:
 
     step: Callable[[Any, SharedState, Any], tuple[StepOutput, SharedState]]
     pack: Callable[[Any, Bucket], Any]
-    unpack: Callable[[Array, Array, Bucket], Any]
+    unpack: Callable[[Array, Array, batch.Masks, Bucket], Any]
     packing: Callable[[Bucket], batch.Packing]
 
 
@@ -70,8 +70,8 @@ def compile_step(
     bucket: Bucket,
     platform: Platform,
 ) -> jax.stages.Compiled:
-    """The phase's step for one bucket: (parameter leaves, state, batch words, biases) → (output,
-    state), with `state` donated.
+    """The phase's step for one bucket: (parameter leaves, state, batch words, biases, masks) →
+    (output, state), with `state` donated.
 
     Raises SharingError if the program would not update `state` in place.
 
@@ -86,9 +86,10 @@ def compile_step(
         state: SharedState,
         packed: Int32[Array, " words"],
         bias: Int32[Array, "B 2 W"],
+        masks: batch.Masks,
     ) -> tuple[StepOutput, SharedState]:
         model = module.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return kind.step(model, state, kind.unpack(packed, bias, bucket))
+        return kind.step(model, state, kind.unpack(packed, bias, masks, bucket))
 
     compiled = (
         jax.jit(step, donate_argnames="state")
@@ -97,6 +98,10 @@ def compile_step(
             state,
             jax.ShapeDtypeStruct(kind.packing(bucket).padding.shape, jnp.int32),
             jax.ShapeDtypeStruct((bucket.num_rows, 2, bucket.bias_width), jnp.int32),
+            tuple(
+                jax.ShapeDtypeStruct((count, bucket.mask_width), jnp.uint32)
+                for count in batch.mask_counts(bucket)
+            ),
         )
         .compile(dict(COMPILER_OPTIONS[platform]))
     )

@@ -6,7 +6,7 @@ it returns. Nothing is compiled here, and no eager jax operation runs: host work
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from semipd_jax.messages import (
     StepLogprobs,
 )
 from semipd_jax.models import module
-from semipd_jax.runtime.batch import pack_bias
+from semipd_jax.runtime.batch import pack_bias, pack_masks
 from semipd_jax.runtime.buckets import Bucket, choose
 from semipd_jax.runtime.compile import STEP_KINDS, compile_step
 from semipd_jax.runtime.history import compile_restore, pack_history
@@ -87,6 +87,7 @@ class StepRunner:
         self._state = state
         self._addresses = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(state)]
         self._no_bias = {b: jax.device_put(pack_bias(None, b)) for b in buckets}
+        self._no_masks = {b: jax.device_put(pack_masks(None, b)) for b in buckets}
         self._programs = _compile_all(
             lambda bucket: compile_step(phase, graphdef, params, state, bucket, platform),
             buckets,
@@ -96,7 +97,7 @@ class StepRunner:
         self._restore(History(row=0, token_ids=b""))
         for bucket in buckets:
             padding = STEP_KINDS[phase].packing(bucket).padding
-            jax.block_until_ready(self._execute(bucket, padding, self._no_bias[bucket]))
+            jax.block_until_ready(self._execute(bucket, padding, self._no_bias[bucket], ()))
 
     def dispatch(self, step: Step) -> PendingStep:
         """Starts a step and returns at once.
@@ -109,10 +110,11 @@ class StepRunner:
         bucket = choose(self._buckets, num_tokens, num_rows)
         packed = self._pack(step, bucket)
         bias = self._no_bias[bucket] if step.bias is None else pack_bias(step.bias, bucket)
+        masks = () if step.masks is None else pack_masks(step.masks, bucket)
         started_s = time.monotonic()
         for history in step.history if isinstance(step, PrefillStep) else ():
             self._restore(history)
-        output = self._execute(bucket, packed, bias)
+        output = self._execute(bucket, packed, bias, masks)
         return PendingStep(step.step_id, num_rows, _wants_logprobs(step), output, started_s)
 
     def _restore(self, history: History) -> None:
@@ -120,8 +122,16 @@ class StepRunner:
         tokens = self._restore_history(tokens, pack_history(history, tokens.shape[1]))
         self._keep(replace(self._state, tokens=tokens))
 
-    def _execute(self, bucket: Bucket, packed: np.ndarray, bias: np.ndarray | Array) -> StepOutput:
-        output, state = self._programs[bucket](self._params, self._state, packed, bias)
+    def _execute(
+        self,
+        bucket: Bucket,
+        packed: np.ndarray,
+        bias: np.ndarray | Array,
+        masks: Sequence[np.ndarray],
+    ) -> StepOutput:
+        """`masks`: the first of the arrays; the rest are those that are there already."""
+        all_masks = (*masks, *self._no_masks[bucket][len(masks) :])
+        output, state = self._programs[bucket](self._params, self._state, packed, bias, all_masks)
         self._keep(state)
         return output
 

@@ -1,7 +1,7 @@
 """From logits to one token per row, and its log-probabilities.
 
-Order of operations, as in vLLM: logit bias, penalties, temperature, then min-p and top-k, then
-top-p. Log-probabilities are of the model's own logits, before any of it.
+Order of operations, as in vLLM: logit bias, penalties, token masks, temperature, then min-p and
+top-k, then top-p. Log-probabilities are of the model's own logits, before any of it.
 
 A feature that no row of the batch uses is skipped at run time inside the one compiled program.
 """
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from semipd_jax.request import MAX_LOGPROBS
-from semipd_jax.runtime import penalties, rng, selection, truncation
+from semipd_jax.runtime import masking, penalties, rng, selection, truncation
 from semipd_jax.runtime.batch import Sampling
 
 _GREEDY_BELOW: Final = 1e-5
@@ -53,6 +53,11 @@ def sample(
         jnp.any(sampling.bias_token_ids >= 0) | jnp.any(penalties.uses_penalties(sampling)),
         lambda: penalties.adjust(logits, sampling, tokens, rows, context_lens),
         lambda: logits,
+    )
+    adjusted = lax.cond(
+        jnp.any(sampling.mask_ids > 0),
+        lambda: masking.apply(adjusted, sampling.mask_ids, sampling.masks),
+        lambda: adjusted,
     )
     greedy = selection.argmax(adjusted)
     is_random = sampling.temperature >= _GREEDY_BELOW

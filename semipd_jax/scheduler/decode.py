@@ -24,10 +24,16 @@ def plan_decode(state: SchedulerState) -> DecodePlan | None:
     Every decoding row advances by one token unless it lacks a page. Pages go to the most important
     rows first, then to the oldest; the others wait for pages in quarantine, or if there are none,
     requests are preempted until the need is met. Suspects run alone, one by one.
+
+    A constrained row takes part when the mask for its next token is there, which needs its last
+    one. When all that could advance are such, they wait for the step in flight, or they would
+    split into two halves that take turns for ever.
     """
     table = state.table
-    rows = np.flatnonzero(table.active & (table.context_lens <= table.max_context_lens))
+    rows = table.ready()
     if rows.size == 0:
+        return None
+    if table.is_constrained[rows].all() and state.is_decoding:
         return None
     suspects = rows[table.is_suspect[rows]]
     if suspects.size:

@@ -15,7 +15,7 @@ def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> lis
 
     A waiting request is admitted when there will be room for it (`scheduler.watermark`). One that
     does not fit is not passed by others that wait, or it might wait for ever; requests under way
-    go on. A suspect runs alone.
+    go on. A suspect runs alone. One that was preempted while its mask is made waits for it.
 
     Args:
       max_tokens: the chunk budget of this step, if it is not that of the limits.
@@ -28,7 +28,8 @@ def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> lis
         waits = request.stage is Stage.WAITING
         if budget == 0:
             break
-        if waits and outlook is None:
+        if waits and (outlook is None or request.lacks_mask):
+            outlook = None
             continue
         chunk = _chunk(request, budget, state)
         needed = _pages_needed(chunk, state)

@@ -22,6 +22,7 @@ from semipd_jax.scheduler.state import (
     SCRATCH_ROW,
     Bias,
     Chunk,
+    Constraint,
     Limits,
     RequestState,
     SchedulerState,
@@ -54,10 +55,16 @@ class Ending:
 
 @dataclass(slots=True)
 class Result:
-    """What a reply or an abort brought, for clients."""
+    """What a reply or an abort brought, for clients.
+
+    Attributes:
+      unmasked: those of the tokens after which a constrained request needs its next mask: see
+        `Scheduler.mask_made`.
+    """
 
     tokens: list[Token] = field(default_factory=list[Token])
     endings: list[Ending] = field(default_factory=list[Ending])
+    unmasked: list[Token] = field(default_factory=list[Token])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +93,19 @@ class Scheduler:
 
     # ------------------------------------------------------------ requests come and go
 
-    def submit(self, client: str, handle: int, request: Request, *, now_s: float) -> str | None:
-        """Queues a complete request (see `messages.Submit`), or returns why it is refused."""
+    def submit(
+        self,
+        client: str,
+        handle: int,
+        request: Request,
+        *,
+        now_s: float,
+        constraint: Constraint | None = None,
+    ) -> str | None:
+        """Queues a complete request (see `messages.Submit`), or returns why it is refused.
+
+        `constraint` has the mask of the first token.
+        """
         state = self.state
         if (reason := refusal(request, state)) is not None:
             return reason
@@ -107,6 +125,7 @@ class Scheduler:
             bias=Bias.of(biases),
             bias_without_stops=Bias.of(biases | dict.fromkeys(stop_ids, -math.inf)),
             page_keys=PageKeys(state.limits.page_size, request.cache_salt),
+            constraint=constraint,
         )
         self._num_submitted += 1
         state.requests[client, handle] = new
@@ -175,6 +194,7 @@ class Scheduler:
             request.steps.add(step_id)
         step = wire.decode_step(step_id, plan.rows, table)
         table.context_lens[plan.rows] += 1
+        table.awaits_mask[plan.rows] = table.is_constrained[plan.rows]
         return Sent(step, [])
 
     # ------------------------------------------------------------ replies
@@ -201,6 +221,21 @@ class Scheduler:
                 self._take_token(request, token, result, now_s=now_s)
         self._release_quarantine(reply.step_id)
         return result
+
+    def mask_made(
+        self, request: RequestState, mask: bytes | None, *, now_s: float, error: str | None = None
+    ) -> Result:
+        """The mask for the next token of a constrained request. If it is None, none may follow: the
+        output is complete, or `error` says why it cannot go on."""
+        if request.stage is Stage.GONE:
+            return Result()
+        if mask is None:
+            reason = FinishReason.STOP if error is None else FinishReason.ABORT
+            return Result(endings=[self._end(request, reason, now_s=now_s, error=error)])
+        assert request.constraint is not None
+        request.constraint.mask = mask
+        self.state.table.awaits_mask[request.row] = False
+        return Result()
 
     def worker_lost(self, step_ids: list[int], *, now_s: float) -> Result:
         """Takes back the steps (oldest first) of a worker that is gone: they are planned again.
@@ -309,6 +344,7 @@ class Scheduler:
             if start is None:
                 request.num_scheduled -= 1
                 self.state.table.context_lens[request.row] -= 1
+                self.state.table.awaits_mask[request.row] = False
             else:
                 request.num_scheduled = start
 
@@ -323,8 +359,12 @@ class Scheduler:
             result.endings.append(self._end(request, reason, now_s=now_s, stop_token_id=token))
         elif len(request.token_ids) >= request.max_len:
             result.endings.append(self._end(request, FinishReason.LENGTH, now_s=now_s))
-        elif request.stage is Stage.PREFILLING:
-            self._hand_off(request)
+        else:
+            if request.constraint is not None:
+                request.constraint.mask = None
+                result.unmasked.append(result.tokens[-1])
+            if request.stage is Stage.PREFILLING:
+                self._hand_off(request)
 
     def _hand_off(self, request: RequestState) -> None:
         """Prefill → decode: nothing moves, the row becomes active."""
@@ -334,6 +374,7 @@ class Scheduler:
         table.context_lens[request.row] = len(request.token_ids)
         table.max_context_lens[request.row] = request.max_len - 1
         table.active[request.row] = True
+        table.awaits_mask[request.row] = request.lacks_mask
 
     def _preempt(self, request: RequestState) -> None:
         """Back to its place in the queue. All tokens are kept; of its KV, what is sealed will be

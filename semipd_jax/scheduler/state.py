@@ -10,7 +10,7 @@ Plans (`scheduler.prefill`, `scheduler.decode`) only read it; `scheduler.schedul
 import enum
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -46,6 +46,20 @@ class Bias:
         return cls(np.array(list(biases), np.int32), np.array(list(biases.values()), np.float32))
 
 
+@dataclass(slots=True)
+class Constraint:
+    """What the output of a request must be like.
+
+    Attributes:
+      matcher: whoever makes the masks knows it.
+      mask: of the token after `RequestState.token_ids`, see `messages.TokenMasks`; None while it is
+        made. No step samples for the request meanwhile.
+    """
+
+    matcher: Any
+    mask: bytes | None
+
+
 type Rank = tuple[int, float, int]
 """Place in the order of prefills, lower first: see `scheduler.order`."""
 
@@ -62,6 +76,7 @@ class RequestState:
       stop_ids: tokens that end it.
       bias, bias_without_stops: from `min_tokens` on, and before.
       page_keys: of its full pages, for the prefix cache.
+      constraint: None if its output is free.
       rank: its place in the queue while it waits.
       num_scheduled: leading tokens whose KV a sent step has written or will write, or was cached.
       num_cached: leading tokens whose KV was there when the request was last admitted.
@@ -83,6 +98,7 @@ class RequestState:
     bias: Bias
     bias_without_stops: Bias
     page_keys: PageKeys
+    constraint: Constraint | None = None
     rank: Rank = (0, 0.0, 0)
     stage: Stage = Stage.WAITING
     row: int = SCRATCH_ROW
@@ -104,6 +120,10 @@ class RequestState:
     @property
     def is_suspect(self) -> bool:
         return self.num_crashes >= MAX_CRASHES - 1
+
+    @property
+    def lacks_mask(self) -> bool:
+        return self.constraint is not None and self.constraint.mask is None
 
     @property
     def num_output(self) -> int:
@@ -165,6 +185,8 @@ class RowTable:
         self.num_cached_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.is_suspect: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
+        self.is_constrained: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
+        self.awaits_mask: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.requests: list[RequestState | None] = [None] * num_rows
 
     def clear(self, row: int) -> None:
@@ -173,7 +195,14 @@ class RowTable:
         self.num_pages[row] = 0
         self.has_bias[row] = False
         self.is_suspect[row] = False
+        self.is_constrained[row] = False
+        self.awaits_mask[row] = False
         self.requests[row] = None
+
+    def ready(self) -> Int32[np.ndarray, " n"]:
+        """Rows that may generate another token now."""
+        is_ready = self.active & (self.context_lens <= self.max_context_lens) & ~self.awaits_mask
+        return np.flatnonzero(is_ready).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +245,11 @@ class SchedulerState:
     def decoding(self) -> list[RequestState]:
         rows = ints(np.flatnonzero(self.table.active))
         return [r for row in rows if (r := self.table.requests[row]) is not None]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a decode step is in flight."""
+        return any(not step.chunks for step in self.in_flight.values())
 
     def enqueue(self, request: RequestState, rank: Rank) -> None:
         request.rank = rank
@@ -273,6 +307,11 @@ class SchedulerState:
         own = r.page_ids[r.num_sealed :]
         assert all(map(self.pages.is_private, own)), "a page has two writers"
         assert len(r.token_ids) <= r.max_len
+        assert table.is_constrained[r.row] == (r.constraint is not None)
+        if r.constraint is not None and r.stage is Stage.DECODING:
+            lacks_mask = bool(r.steps) or r.constraint.mask is None
+            assert table.awaits_mask[r.row] == lacks_mask, "a mask must fit all tokens before it"
+            assert len(r.steps) <= 1, "a constrained row is in two steps"
 
 
 def _by_rank(request: RequestState) -> Rank:

@@ -1,11 +1,19 @@
 """Scheduler state → step messages, replies → Python numbers. Arrays become bytes here only."""
 
+from collections.abc import Iterable
 from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Int32
 
-from semipd_jax.messages import DecodeStep, History, LogitBias, PrefillStep, StepDone
+from semipd_jax.messages import (
+    DecodeStep,
+    History,
+    LogitBias,
+    PrefillStep,
+    StepDone,
+    TokenMasks,
+)
 from semipd_jax.request import MAX_LOGPROBS, TokenLogprob
 from semipd_jax.scheduler.state import Bias, Chunk, RequestState, RowTable, ints
 
@@ -27,6 +35,7 @@ def fill_row(table: RowTable, request: RequestState) -> None:
     )
     table.is_suspect[request.row] = request.is_suspect
     table.has_bias[request.row] = bool(p.logit_bias) or p.min_tokens > 0
+    table.is_constrained[request.row] = request.constraint is not None
 
 
 def prefill_step(step_id: int, chunks: list[Chunk], table: RowTable) -> PrefillStep:
@@ -46,6 +55,7 @@ def prefill_step(step_id: int, chunks: list[Chunk], table: RowTable) -> PrefillS
         page_table=table.page_table[rows, :table_width].tobytes(),
         sampling=table.sampling[rows].tobytes(),
         bias=_logit_bias(table, rows, context_lens),
+        masks=_masks(table, rows, [i for i, c in enumerate(chunks) if c.samples]),
         history=tuple(
             History(c.request.row, _int32(c.request.token_ids[: c.start]))
             for c in chunks
@@ -65,6 +75,7 @@ def decode_step(step_id: int, rows: Int32[np.ndarray, " B"], table: RowTable) ->
         page_table=table.page_table[rows, :table_width].tobytes(),
         sampling=table.sampling[rows].tobytes(),
         bias=_logit_bias(table, rows, ints(context_lens)),
+        masks=_masks(table, rows, range(len(rows))),
     )
 
 
@@ -116,6 +127,27 @@ def _logit_bias(table: RowTable, rows: np.ndarray, context_lens: list[int]) -> L
         token_ids[i, : len(bias.token_ids)] = bias.token_ids
         values[i, : len(bias.values)] = bias.values
     return LogitBias(width=width, token_ids=token_ids.tobytes(), values=values.tobytes())
+
+
+def _masks(table: RowTable, rows: np.ndarray, sampling: Iterable[int]) -> TokenMasks | None:
+    """Masks of the step's constrained rows among the positions that sample; None if there are no
+    such."""
+    is_constrained = table.is_constrained[rows]
+    if not is_constrained.any():
+        return None
+    places: list[int] = []
+    masks: list[bytes] = []
+    for i in sampling:
+        if is_constrained[i]:
+            request = table.requests[int(rows[i])]
+            assert request is not None
+            assert request.constraint is not None
+            assert request.constraint.mask is not None, "a row was planned without its mask"
+            places.append(i)
+            masks.append(request.constraint.mask)
+    if not masks:
+        return None
+    return TokenMasks(width=len(masks[0]) // 4, places=_int32(places), words=b"".join(masks))
 
 
 def _int32(values: list[int]) -> bytes:

@@ -14,6 +14,7 @@ from semipd_jax.request import (
     Finished,
     FinishReason,
     Started,
+    StructuredOutputs,
     Timings,
     TokenLogprob,
     Usage,
@@ -67,9 +68,8 @@ def sampling_message(given: Mapping[str, Any]) -> pb.SamplingParams:
     """Raises InvalidRequestError for a name or a value that does not exist."""
     message = pb.SamplingParams()
     for name, value in parse_sampling(given).items():
-        field: dict[str, Any] = {name: dict(value) if name == "logit_bias" else value}
         try:
-            message.MergeFrom(pb.SamplingParams(**field))
+            message.MergeFrom(pb.SamplingParams(**{name: _as_message(name, value)}))
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"{name} is {value!r:.80}: {error}", field=name) from error
     return message
@@ -77,10 +77,22 @@ def sampling_message(given: Mapping[str, Any]) -> pb.SamplingParams:
 
 def field_path(field: str) -> str:
     """Where a field that an InvalidRequestError names is found in a request."""
-    return f"sampling.{field}" if field in _SAMPLING_FIELDS else field
+    return f"sampling.{field}" if field.partition(".")[0] in _SAMPLING_FIELDS else field
+
+
+def _as_message(name: str, value: Any) -> Any:
+    match value:
+        case StructuredOutputs():
+            choice = pb.Texts(texts=value.choice) if value.choice else None
+            return pb.StructuredOutputs(json=value.json, regex=value.regex, choice=choice)
+        case _:
+            return dict(value) if name == "logit_bias" else value
 
 
 def _value_from(field: FieldDescriptor, value: Any) -> Any:
+    if isinstance(value, pb.StructuredOutputs):
+        forms = {field.name: form for field, form in value.ListFields()}
+        return {n: tuple(f.texts) if isinstance(f, pb.Texts) else f for n, f in forms.items()}
     if field.message_type is not None:  # a map
         return dict(value)
     return tuple(value) if field.is_repeated else value

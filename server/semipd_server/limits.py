@@ -6,7 +6,12 @@ from typing import Any, Final
 
 from semipd_jax.client.prompt import MAX_CHAT_MESSAGES
 from semipd_jax.errors import InvalidRequestError
-from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from semipd_jax.request import (
+    MAX_CHOICE_TEXTS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 
 MODEL_LENGTH: Final = -1
 """In `MAX_ENTRIES`: as many as the model's length."""
@@ -18,6 +23,7 @@ MAX_ENTRIES: Final[Mapping[str, int]] = {
     "semipd.v1.SamplingParams.stop": MAX_STOP_STRINGS,
     "semipd.v1.SamplingParams.stop_token_ids": MAX_STOP_TOKEN_IDS,
     "semipd.v1.SamplingParams.logit_bias": MAX_LOGIT_BIAS,
+    "semipd.v1.Texts.texts": MAX_CHOICE_TEXTS,
 }
 """Full name of a repeated field of a request → most entries."""
 

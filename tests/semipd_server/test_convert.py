@@ -46,7 +46,7 @@ def test_sampling_fields_have_the_same_names_on_both_sides():
 def test_every_scalar_tells_unset_from_zero():
     assert sampling_from(pb.SamplingParams()) == {}
     for field in pb.SamplingParams.DESCRIPTOR.fields:
-        if not field.is_repeated:
+        if not field.is_repeated and field.message_type is None:
             zero = pb.SamplingParams(**{field.name: field.default_value})
             assert sampling_from(zero) == {field.name: field.default_value}
 
@@ -62,6 +62,14 @@ def test_sampling_comes_through_unchanged():
         "ignore_eos": False,
     }
     assert sampling_from(sampling_message(given)) == given
+
+
+@pytest.mark.parametrize(
+    "form", [{"json": '{"type": "object"}'}, {"regex": "a+"}, {"choice": ("a", "日")}, {}]
+)
+def test_a_form_comes_through_unchanged(form: dict):
+    message = sampling_message({"structured_outputs": form})
+    assert sampling_from(message) == {"structured_outputs": form}
 
 
 @pytest.mark.parametrize(

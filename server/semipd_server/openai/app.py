@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from semipd_jax.errors import InvalidRequestError
 from semipd_server.auth import Keys
 from semipd_server.dashboard import load_dashboard
 from semipd_server.gate import Engine, Gate
@@ -38,6 +39,7 @@ from semipd_server.openai.schema import (
     Tokens,
     parse,
 )
+from semipd_server.openai.structured import with_param
 from semipd_server.openai.tokens import TokenTexts
 
 type Handler = Callable[[Request], Awaitable[ASGIApp]]
@@ -152,11 +154,14 @@ class Routes:
         engine = self._engine_for(body.model)
 
         async def work(reply: Reply) -> None:
-            answer = await prepare(engine, self._token_texts(engine), body)
-            if body.stream:
-                await answer.send_stream(reply, body.stream_options)
-            else:
-                await answer.send_whole(reply)
+            try:
+                answer = await prepare(engine, self._token_texts(engine), body)
+                if body.stream:
+                    await answer.send_stream(reply, body.stream_options)
+                else:
+                    await answer.send_whole(reply)
+            except InvalidRequestError as error:
+                raise with_param(error, body) from error
 
         return Work(work)
 

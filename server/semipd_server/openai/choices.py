@@ -8,6 +8,7 @@ from semipd_server.choices import Choice
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.openai.errors import bad_request
 from semipd_server.openai.schema import Sampling
+from semipd_server.openai.structured import form_of
 
 
 def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: Any) -> list[Choice]:
@@ -46,6 +47,7 @@ def _sampling(request: Sampling) -> dict[str, Any]:
         "ignore_eos": request.ignore_eos,
         "logit_bias": _logit_bias(request.logit_bias),
         "skip_special_tokens": request.skip_special_tokens,
+        "structured_outputs": form_of(request),
     }
 
 

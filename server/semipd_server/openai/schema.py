@@ -25,11 +25,6 @@ INERT: Final[dict[str, tuple[Any, ...]]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
     "guided_grammar": (),
     "modalities": (["text"],),
     "audio": (),
@@ -91,6 +86,12 @@ class Sampling(Body, kw_only=True):
     skip_special_tokens: bool | None = None
     priority: int = 0
     cache_salt: str | None = None
+    # at most one of these: see `structured`
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
 
 
 class CompletionRequest(Sampling, kw_only=True):

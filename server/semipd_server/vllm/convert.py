@@ -8,7 +8,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from semipd_jax.client import Prompt
 from semipd_jax.client.sampling import fold_seed
 from semipd_jax.errors import InvalidRequestError
-from semipd_jax.request import Finished, TokenLogprob
+from semipd_jax.request import ANY_OBJECT, Finished, TokenLogprob
 from semipd_server.limits import MAX_CHOICES
 
 _UNSUPPORTED: Final = (
@@ -41,8 +41,6 @@ def samplings_from(params: pb.SamplingParams) -> list[dict[str, Any]]:
     for name in _UNSUPPORTED_SAMPLING:
         if params.HasField(name):
             raise InvalidRequestError(f"{name} is set; allowed: unset", field=name)
-    if (constraint := params.WhichOneof("constraint")) is not None:
-        raise InvalidRequestError(f"{constraint} is set; allowed: unset", field=constraint)
     n = params.n or 1
     if n > MAX_CHOICES:
         raise InvalidRequestError(f"n is {n}; allowed: 1 to {MAX_CHOICES}", field="n")
@@ -63,11 +61,28 @@ def samplings_from(params: pb.SamplingParams) -> list[dict[str, Any]]:
         "logit_bias": dict(params.logit_bias),
         "logprobs": params.logprobs if params.HasField("logprobs") else None,
         "skip_special_tokens": params.skip_special_tokens,
+        "structured_outputs": _form(params),
     }
     if not params.HasField("seed"):
         return [fields] * n
     seed = fold_seed(params.seed % 2**64)
     return [fields | {"seed": (seed + i) % 2**32} for i in range(n)]
+
+
+def _form(params: pb.SamplingParams) -> dict[str, Any] | None:
+    match params.WhichOneof("constraint"):
+        case None:
+            return None
+        case "json_schema":
+            return {"json": params.json_schema}
+        case "json_object":
+            return {"json": ANY_OBJECT} if params.json_object else None
+        case "regex":
+            return {"regex": params.regex}
+        case "choice":
+            return {"choice": tuple(params.choice.choices)}
+        case name:
+            raise InvalidRequestError(f"{name} is set; allowed: unset", field=name)
 
 
 def logprobs_message(logprobs: Sequence[TokenLogprob]) -> pb.OutputLogProbs | None:

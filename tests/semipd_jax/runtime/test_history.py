@@ -35,7 +35,7 @@ def prefill():
         GRAPHDEF,
         PARAMS,
         zero_state(SPEC, LAYOUT),
-        (Bucket(64, 2, 7, 4),),
+        (Bucket(64, 2, 7, 4, 3),),
         platform="cpu",
     )
 
@@ -85,7 +85,7 @@ def test_the_rest_after_a_cached_prefix_is_sampled_like_the_whole_prompt(prefill
 def test_decode_goes_on_from_a_cached_prefix(prefill):
     """Penalties of later tokens count the cached ones too."""
     state = jax.tree.map(lambda a: jnp.asarray(np.array(a)), prefill._state)
-    buckets = (Bucket(2, 2, 7, 4),)
+    buckets = (Bucket(2, 2, 7, 4, 3),)
     decode = StepRunner("decode", GRAPHDEF, PARAMS, state, buckets, platform="cpu")
     table = columns(2, **PENALISED)
     generated = []

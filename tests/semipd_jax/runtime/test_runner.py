@@ -1,15 +1,18 @@
 """The runner of one phase: every bucket, no compiles, state at its address."""
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from step_cases import (
     columns,
     decode_message,
     int32,
+    packed_mask,
     prefill_message,
     tiny_layout,
     tiny_model,
+    token_masks,
     zero_state,
 )
 
@@ -22,8 +25,8 @@ from semipd_jax.storage.manifest import SharingError
 SPEC, GRAPHDEF, PARAMS = tiny_model()
 LAYOUT = tiny_layout(SPEC)
 BUCKETS = {
-    "prefill": (Bucket(32, 4, 7, 8),),
-    "decode": (Bucket(1, 1, 7, 8), Bucket(4, 4, 7, 8)),
+    "prefill": (Bucket(32, 4, 7, 8, 3),),
+    "decode": (Bucket(1, 1, 7, 8, 3), Bucket(4, 4, 7, 8, 3)),
 }
 
 
@@ -48,9 +51,11 @@ def step_of(phase, num_rows, **kwargs):
     if phase == "decode":
         return decode_message([(1 + i, pages[i], 5 + i) for i in range(num_rows)], **kwargs)
     kwargs.pop("bias", None)
-    return prefill_message(
+    masks = kwargs.pop("masks", None)
+    message = prefill_message(
         [(1 + i, pages[i], [3] * 7, 0, 3 + i, True) for i in range(num_rows)], **kwargs
     )
+    return message if masks is None else msgspec.structs.replace(message, masks=token_masks(masks))
 
 
 EVERYTHING = {
@@ -75,6 +80,11 @@ def test_no_step_compiles_anything_whatever_its_size_and_features(phase_runner):
             assert len(token_ids) == 4 * num_rows
             assert (logprobs is not None) == bool(kwargs)
     runner.dispatch(step_of(phase, 3, bias=bias)).wait()
+    masks = {0: packed_mask([5], 3), 2: packed_mask([64, 95], 3)}
+    token_ids, _ = runner.dispatch(step_of(phase, 3, masks=masks)).wait()
+    chosen = np.frombuffer(token_ids, np.int32)
+    assert chosen[0] == 5
+    assert chosen[2] in (64, 95)
     assert counter.count == 0
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from step_cases import history, sampling
+from step_cases import history, packed_mask, sampling
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -167,3 +167,34 @@ def test_vocabulary_smaller_than_the_number_of_logprobs():
     out = run(logits, sampling(1, num_logprobs=20))
     assert out.top_ids.shape == (1, MAX_LOGPROBS)
     np.testing.assert_array_equal(out.top_ids[0, :6], np.argsort(-logits[0]))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.3},
+        {"temperature": 0.7, "top_k": 40},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 2.0, "min_p": 0.2, "top_k": 500},
+    ],
+)
+def test_a_mask_is_as_if_other_tokens_had_no_probability_and_touches_no_other_row(params):
+    rng = np.random.default_rng(7)
+    logits = random_logits(7, 64)
+    seed = np.arange(64, dtype=np.uint32)
+    allowed = [np.sort(rng.choice(V, 1 + i % 9, replace=False)) for i in range(64)]
+    has_mask = np.arange(64) % 3 != 0
+    masks = [packed_mask(a, 10) if on else None for a, on in zip(allowed, has_mask, strict=True)]
+    masked = run(logits, sampling(64, masks=masks, seed=seed, num_logprobs=2, **params))
+
+    hidden = np.full_like(logits, -np.inf)
+    for row, ids in enumerate(allowed):
+        hidden[row, ids] = logits[row, ids]
+    expected = np.where(has_mask[:, None], hidden, logits)
+    plain = run(expected, sampling(64, seed=seed, **params))
+    np.testing.assert_array_equal(masked.token_ids, plain.token_ids)
+    chosen = np.asarray(masked.token_ids)
+    assert all(chosen[i] in allowed[i] for i in np.flatnonzero(has_mask))
+    of_model = run(logits, sampling(64, num_logprobs=2))
+    np.testing.assert_allclose(masked.top_logprobs, of_model.top_logprobs, rtol=1e-6)

@@ -27,8 +27,8 @@ from semipd_jax.runtime.compile import compile_step
 
 SPEC, GRAPHDEF, PARAMS = tiny_model()
 LAYOUT = tiny_layout(SPEC)
-PREFILL = Bucket(num_tokens=32, num_rows=4, table_width=7, bias_width=4)
-DECODE = Bucket(num_tokens=4, num_rows=4, table_width=7, bias_width=4)
+PREFILL = Bucket(num_tokens=32, num_rows=4, table_width=7, bias_width=4, mask_width=3)
+DECODE = Bucket(num_tokens=4, num_rows=4, table_width=7, bias_width=4, mask_width=3)
 
 
 @functools.cache
@@ -47,7 +47,8 @@ def run_decode(state, message, bucket=DECODE):
 
 def _run(phase, bucket, state, packed):
     leaves = jax.tree.leaves(PARAMS)
-    output, state = program(phase, bucket)(leaves, state, packed, batch.pack_bias(None, bucket))
+    bias, masks = batch.pack_bias(None, bucket), tuple(batch.pack_masks(None, bucket))
+    output, state = program(phase, bucket)(leaves, state, packed, bias, masks)
     return np.asarray(output.token_ids).tolist(), state
 
 

@@ -1,0 +1,1 @@
+"""The form of an output: which tokens may come next. Host only."""
