@@ -13,7 +13,7 @@ from semipd_jax.client.sampling import (
     parse_sampling,
 )
 from semipd_jax.errors import CheckpointError, InvalidRequestError
-from semipd_jax.request import SamplingParams
+from semipd_jax.request import SamplingParams, StructuredOutputs
 
 DEFAULTS = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 50}
 
@@ -128,3 +128,38 @@ def test_a_model_without_generation_config_has_no_defaults(tmp_path: Path):
 def test_a_damaged_generation_config_is_refused(text: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         load_generation_defaults(write(tmp_path, text))
+
+
+def test_a_schema_may_be_given_as_it_is_or_as_text():
+    as_text = {"structured_outputs": {"json": '{"type":"object"}', "regex": None}}
+    as_it_is = {"structured_outputs": {"json": {"type": "object"}}}
+    form = StructuredOutputs(json='{"type":"object"}')
+    assert complete(as_text).structured_outputs == form
+    assert complete(as_it_is).structured_outputs == form
+    assert complete(SamplingParams(structured_outputs=form)).structured_outputs == form
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        (5, ""),
+        ({}, ""),
+        ({"grammar": "start: /a/"}, ""),
+        ({"regex": "a", "choice": ["b"]}, ""),
+        ({"json": 5}, ""),
+        ({"json": "{"}, "json"),
+        ({"json": "[]"}, "json"),
+        ({"json": "[" * 60000}, "json"),
+        ({"json": '{"a":' * 70 + "1" + "}" * 70}, "json"),
+        ({"json": {"description": "x" * 65536}}, "json"),
+        ({"json": {"items": [{"pattern": "x" * 4097}]}}, "json"),
+        ({"regex": "x" * 4097}, "regex"),
+        ({"regex": "\ud800"}, "regex"),
+        ({"choice": ["a", ""]}, "choice"),
+        ({"choice": ["a"] * 1025}, "choice"),
+    ],
+)
+def test_forms_are_bounded_before_anything_compiles_them(form, field):
+    with pytest.raises(InvalidRequestError, match="structured_outputs") as refused:
+        complete({"structured_outputs": form})
+    assert refused.value.field == ".".join(filter(None, ("structured_outputs", field)))

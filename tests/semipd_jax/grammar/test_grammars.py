@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_level_bpe
+from tiny_tokenizers import byte_fallback_bpe, byte_level_bpe
 
 from semipd_jax.grammar.grammars import Grammars
 from semipd_jax.grammar.matcher import GrammarError
@@ -30,9 +30,9 @@ def sampling(*, stop=(EOS,), min_tokens=0, **form) -> SamplingParams:
     )
 
 
-def allowed(mask: bytes) -> set[int]:
+def allowed(mask: bytes, vocab_size: int = VOCAB_SIZE) -> set[int]:
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
-    assert len(bits) == -(-VOCAB_SIZE // 32) * 32
+    assert len(bits) == -(-vocab_size // 32) * 32
     return set(np.flatnonzero(bits).tolist())
 
 
@@ -91,6 +91,20 @@ def test_a_choice_may_be_any_text(text):
         matcher.accept(output[-1])
         mask = matcher.mask()
     assert TOKENIZER.decode(output) == text
+
+
+@pytest.mark.parametrize("text", ["hello  wörld", " 日本 x", "a"])
+def test_byte_fallback_spells_what_follows_a_prompt(text):
+    tokenizer = byte_fallback_bpe()
+    eos = tokenizer.token_to_id("</s>")
+    grammars = Grammars(tokenizer.to_str(), tokenizer.get_vocab_size(), (eos,))
+    matcher, mask = grammars.matcher(sampling(stop=(eos,), choice=(text,)))
+    output = tokenizer.encode("x").ids
+    while mask is not None:
+        output.append(max(allowed(mask, tokenizer.get_vocab_size())))
+        matcher.accept(output[-1])
+        mask = matcher.mask()
+    assert tokenizer.decode(output) == "x" + text
 
 
 @settings(max_examples=60, deadline=None)

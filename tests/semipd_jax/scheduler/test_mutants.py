@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -12,7 +13,7 @@ from semipd_jax.paging.pool import PagePool
 from semipd_jax.paging.quarantine import Quarantine
 from semipd_jax.scheduler import decode, wire
 from semipd_jax.scheduler.scheduler import Scheduler
-from semipd_jax.scheduler.state import SchedulerState
+from semipd_jax.scheduler.state import RowTable, SchedulerState
 
 SEARCH = settings(
     max_examples=200,
@@ -200,7 +201,33 @@ def _then_release(leave_row: Callable) -> Callable:
     return leave
 
 
+def rows_do_not_wait_for_masks(patch):
+    def ready(self):
+        return np.flatnonzero(self.active & (self.context_lens <= self.max_context_lens))
+
+    patch.setattr(RowTable, "ready", ready)
+
+
+def masks_are_not_sent(patch):
+    patch.setattr(wire, "_masks", lambda *_: None)
+
+
+def masks_outlive_their_token(patch):
+    take = Scheduler._take_token
+
+    def take_token(self, request, token, result, *, now_s):
+        mask = request.constraint and request.constraint.mask
+        take(self, request, token, result, now_s=now_s)
+        if mask:
+            request.constraint.mask = mask
+
+    patch.setattr(Scheduler, "_take_token", take_token)
+
+
 MUTANTS = [
+    rows_do_not_wait_for_masks,
+    masks_are_not_sent,
+    masks_outlive_their_token,
     key_without_parent,
     key_without_salt,
     key_of_fewer_tokens,
