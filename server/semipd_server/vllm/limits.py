@@ -2,7 +2,12 @@
 
 from typing import Final
 
-from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from semipd_jax.request import (
+    MAX_CHOICE_TEXTS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from semipd_server.limits import MODEL_LENGTH
 
 _MAX_ABORTS: Final = 1024
@@ -13,6 +18,7 @@ MAX_ENTRIES: Final = {
     "vllm.grpc.engine.SamplingParams.stop": MAX_STOP_STRINGS,
     "vllm.grpc.engine.SamplingParams.stop_token_ids": MAX_STOP_TOKEN_IDS,
     "vllm.grpc.engine.SamplingParams.logit_bias": MAX_LOGIT_BIAS,
+    "vllm.grpc.engine.ChoiceConstraint.choices": MAX_CHOICE_TEXTS,
     "vllm.grpc.engine.AbortRequest.request_ids": _MAX_ABORTS,
     "vllm.grpc.engine.GetLoadsRequest.include": _MAX_SECTIONS,
 }

@@ -17,7 +17,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from semipd_jax.client.sampling import complete_sampling
-from semipd_jax.request import FinishReason, SamplingParams
+from semipd_jax.request import ANY_OBJECT, FinishReason, SamplingParams, StructuredOutputs
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.vllm.convert import samplings_from
 from semipd_server.vllm.limits import MAX_ENTRIES
@@ -112,6 +112,27 @@ def test_zeros_mean_what_vllm_means_by_them():
     assert found == SamplingParams(max_tokens=61)
 
 
+@pytest.mark.parametrize(
+    ("constraint", "form"),
+    [
+        ({"json_schema": '{"type": "string"}'}, StructuredOutputs(json='{"type": "string"}')),
+        ({"json_object": True}, StructuredOutputs(json=ANY_OBJECT)),
+        ({"regex": "a+"}, StructuredOutputs(regex="a+")),
+        (
+            {"choice": pb.ChoiceConstraint(choices=["yes", "no"])},
+            StructuredOutputs(choice=("yes", "no")),
+        ),
+    ],
+)
+def test_constraints_are_forms(start: Start, constraint: dict[str, Any], form: StructuredOutputs):
+    async def main():
+        async with start() as rig:
+            await answers(rig, request(max_tokens=1, **constraint))
+            assert rig.fake.submitted[0].sampling.structured_outputs == form
+
+    asyncio.run(main())
+
+
 def test_abort_ends_the_stream(start: Start):
     async def main():
         async with start() as rig:
@@ -187,12 +208,16 @@ def test_what_is_no_prompt_is_refused(start: Start, message: pb.GenerateRequest)
     asyncio.run(main())
 
 
+_READ = ("TokenizedInput", "SamplingParams", "ChoiceConstraint")
+
+
 def test_every_repeated_field_that_is_read_has_a_bound():
-    read = {f"{SERVICE.rsplit('.', 1)[0]}.{name}" for name in ("TokenizedInput", "SamplingParams")}
+    read = {f"{SERVICE.rsplit('.', 1)[0]}.{name}" for name in _READ}
     methods = pb.DESCRIPTOR.services_by_name["VllmEngine"].methods_by_name
     read |= {methods[name].input_type.full_name for name in ("Abort", "GetLoads")}
     assert {name.rpartition(".")[0] for name in MAX_ENTRIES} <= read
-    for message in (pb.TokenizedInput, pb.SamplingParams, pb.AbortRequest, pb.GetLoadsRequest):
+    for name in (*_READ, "AbortRequest", "GetLoadsRequest"):
+        message = getattr(pb, name)
         assert repeated(message.DESCRIPTOR) <= set(MAX_ENTRIES)
 
 
