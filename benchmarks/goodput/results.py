@@ -24,8 +24,9 @@ def result_of(found: Sequence[Found], targets: SloTargets) -> dict[str, Any]:
             {
                 "seed": one.seed,
                 "goodput": one.rate,
+                "at_goodput": summary(one.best, targets),
                 "trials": [
-                    {"rate": rate, **summary(outcome, targets)}
+                    {"rate": rate, **_in_short(summary(outcome, targets))}
                     for rate, outcome in one.trials.items()
                 ],
             }
@@ -34,6 +35,12 @@ def result_of(found: Sequence[Found], targets: SloTargets) -> dict[str, Any]:
         "shares": _shares_over_time(found[0].best),
     }
     return rounded(result)
+
+
+def _in_short(summarised: Mapping[str, Any]) -> dict[str, Any]:
+    """What is drawn."""
+    names = ("attainment", "num_failed", "ttft_ms", "tpot_ms")
+    return {name: summarised[name] for name in names}
 
 
 def rounded(value: Any) -> Any:
