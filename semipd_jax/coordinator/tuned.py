@@ -14,7 +14,7 @@ from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.messages import OTHER_PHASE, Choice, DecodeStep, Phase, PrefillStep
 from semipd_jax.scheduler.scheduler import Scheduler
-from semipd_jax.scheduler.state import SchedulerState
+from semipd_jax.scheduler.state import SchedulerState, pages_for
 from semipd_jax.tuner.latency import Sample
 from semipd_jax.tuner.policy import Decision, FinishedRequest, Observation, Shares
 from semipd_jax.tuner.slo import SloTargets
@@ -116,7 +116,7 @@ class TunedShares(ShareControl):
                 prefill=work if phase == "prefill" else other,
                 decode=work if phase == "decode" else other,
                 shares=Shares(self.asked["prefill"], self.asked["decode"]),
-                kv_used=1 - state.pages.num_available / (state.limits.num_pages - 1),
+                kv_used=kv_demand(state),
                 priorities=self._decoding_priorities(),
                 finished=self._finished,
             )
@@ -176,6 +176,20 @@ class TunedShares(ShareControl):
     def request_ended(self, request: FinishedRequest) -> None:
         if self._tuner is not None:
             self._finished.append(request)
+
+
+def kv_demand(state: SchedulerState) -> float:
+    """Part of the pages that requests hold, or would if all that wait were admitted; at most 1.
+
+    What waits for pages waits for decode to give them back, however many are free: a long prompt at
+    the head of the queue may need more than those.
+    """
+    left = state.pages.num_available
+    for request in state.waiting:
+        left -= pages_for(len(request.token_ids), state.limits.page_size)
+        if left <= 0:
+            return 1.0
+    return 1 - left / (state.limits.num_pages - 1)
 
 
 def upcoming_decode(state: SchedulerState) -> Work | None:

@@ -11,7 +11,7 @@ from coordinator_rig import Engine, expected
 
 from semipd_jax.config import ShareConfig, SharePolicy
 from semipd_jax.coordinator.coordinator import Coordinator
-from semipd_jax.coordinator.tuned import TunedShares
+from semipd_jax.coordinator.tuned import TunedShares, kv_demand
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import (
     GetStats,
@@ -26,6 +26,8 @@ from semipd_jax.messages import (
     WorkerReady,
 )
 from semipd_jax.request import Request, SamplingParams
+from semipd_jax.scheduler.scheduler import Scheduler
+from semipd_jax.scheduler.state import Limits
 from semipd_jax.tuner.latency import LatencyModel, Sample
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import Decision, Observation, Shares
@@ -297,3 +299,34 @@ def test_the_predictive_policy_learns_and_its_error_is_known():
     assert first == pytest.approx(0.02 / 6.5e-3 - 1, rel=0.1)
     mean_of_rest = (stats.decode_error.total - first) / (stats.decode_error.count - 1)
     assert mean_of_rest < first
+
+
+def test_pages_that_requests_wait_for_count_as_used():
+    """Nine pages of four tokens; a prompt of three of them, then one of eight."""
+    scheduler = Scheduler(
+        Limits(
+            page_size=4,
+            num_pages=10,
+            num_rows=4,
+            max_model_len=64,
+            max_num_batched_tokens=64,
+            max_num_queued_reqs=8,
+        )
+    )
+    assert kv_demand(scheduler.state) == 0.0
+
+    def submit(handle: int, num_tokens: int) -> None:
+        prompt = tuple(range(num_tokens))
+        request = Request(
+            request_id="",
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(max_tokens=2, temperature=0.0, seed=0),
+        )
+        assert scheduler.submit("client", handle, request, now_s=0.0) is None
+
+    submit(0, 12)
+    assert kv_demand(scheduler.state) == pytest.approx(3 / 9)
+    assert scheduler.next_prefill(now_s=0.0) is not None
+    assert kv_demand(scheduler.state) == pytest.approx(3 / 9), "held now"
+    submit(1, 32)
+    assert kv_demand(scheduler.state) == 1.0
