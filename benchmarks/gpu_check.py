@@ -33,7 +33,8 @@ PARTS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "sharing": ("benchmarks.gpu.storage", "one memory, several processes, updated in place"),
         "mps": ("benchmarks.gpu.shares", "SMs and GEMM time of each share, alone and together"),
         "kernels": ("benchmarks.gpu.kernels", "the kernels' numbers and speed"),
-        "engine": ("benchmarks.gpu.engine", "tokens as on the CPU; steps of an 8B model"),
+        "tokens": ("benchmarks.gpu.tokens", "the engine says what it says on the CPU"),
+        "steps": ("benchmarks.gpu.steps", "steps of an 8B model on each share, and their floors"),
         "switching": ("benchmarks.gpu.switching", "what streams notice when shares change"),
         "faults": ("benchmarks.gpu.faults", "workers killed under load"),
     }

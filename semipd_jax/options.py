@@ -3,8 +3,9 @@
 Names are those that vLLM users know, where vLLM has the option.
 """
 
+import argparse
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, Final
@@ -157,6 +158,17 @@ def build_config(model: str, **options: Any) -> EngineConfig:
     made = EngineConfig(**{s: _SECTIONS[s](**values) for s, values in sections.items()}, **top)
     setup.check(made)
     return made
+
+
+def add_flags(parser: argparse.ArgumentParser, wanted: Iterable[Option]) -> None:
+    """Adds a flag for each option. Those that are not given are absent from the result."""
+    for option in wanted:
+        flag: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.help}
+        if value_type(option) is bool:
+            flag["action"] = argparse.BooleanOptionalAction
+        else:
+            flag |= {"type": parse(option), "choices": choices(option)}
+        parser.add_argument("--" + option.name.replace("_", "-"), **flag)
 
 
 def choices(option: Option) -> tuple[str, ...] | None:

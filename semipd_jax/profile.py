@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -149,13 +149,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("profile.json"), help="file to write [profile.json]"
     )
-    for option in options.OPTIONS:
-        flag: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.help}
-        if options.value_type(option) is bool:
-            flag["action"] = argparse.BooleanOptionalAction
-        else:
-            flag |= {"type": options.parse(option), "choices": options.choices(option)}
-        parser.add_argument("--" + option.name.replace("_", "-"), **flag)
+    options.add_flags(parser, options.OPTIONS)
     return parser
 
 

@@ -5,18 +5,25 @@ The engine starts as always, with `steps_worker` in place of its workers.
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.aot.programs import LLAMA_8B
+from benchmarks.gpu.part import Outcome, Setting
 from benchmarks.gpu.steps_worker import result_path
 from semipd_jax.config import EngineConfig
+from semipd_jax.demo import MODEL_DIR
 from semipd_jax.launch.launcher import Launcher, Modules
 from semipd_jax.messages import Phase
 from semipd_jax.models.registry import load_spec
 from semipd_jax.models.spec import ModelSpec
+from semipd_jax.options import build_config
 from semipd_jax.tuner.work import Work
 
+_STARTUP_S: Final = 560.0
 _PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
 
@@ -49,6 +56,29 @@ class StepTime:
     def __str__(self) -> str:
         floor = "" if self.floor_s is None else f", {self.step_s / self.floor_s:.2f}x the floor"
         return f"{self.phase} at {self.share:g}: {1e3 * self.step_s:.2f} ms{floor} ({self.grant})"
+
+
+def run(setting: Setting) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="semipd-") as folder:
+        times = measure(_config(setting, Path(folder)), setting.name)
+    wrong = faults(times)
+    details = {"steps": [asdict(time) for time in times]}
+    return Outcome(not wrong, (*map(str, times), *wrong), details)
+
+
+def _config(setting: Setting, folder: Path) -> EngineConfig:
+    """An 8B model in bfloat16 with random weights; in a rehearsal, the demo model."""
+    if setting.is_rehearsal:
+        return build_config(
+            str(MODEL_DIR), device="cpu", max_num_seqs=4, max_num_batched_tokens=64,
+            max_model_len=256, share_ladder=(0.5,), startup_timeout=_STARTUP_S,
+        )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return build_config(
+        str(folder), device="cuda", dtype="bfloat16", load_format="dummy", max_num_seqs=64,
+        max_num_batched_tokens=2048, max_model_len=4096, share_ladder=(0.4, 0.6, 0.8),
+        mps="on", startup_timeout=_STARTUP_S,
+    )  # fmt: skip
 
 
 def measure(config: EngineConfig, device: str) -> list[StepTime]:

@@ -11,31 +11,29 @@ same programs for one that is described, and says what that cannot replace.
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, Final
 
 from tqdm import tqdm
 
 from semipd_jax import options
 from semipd_jax.compile import described, here
-from semipd_jax.config import EngineConfig
+from semipd_jax.config import EngineConfig, require
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError, EngineError
 from semipd_jax.messages import Progress
 from semipd_jax.models.registry import load_spec
 
-_PROG: Final = "python -m semipd_jax.compile"
 
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax.compile") -> int:
     """Returns the exit status: 0 if every program is compiled, 2 for a bad command line."""
-    args = vars(_parser().parse_args(argv))
+    args = vars(_parser(prog).parse_args(argv))
     gpu, jobs = args.pop("gpu", None), args.pop("jobs")
     try:
+        require(jobs >= 1, "jobs", jobs, "1 or more")
         config = options.build_config(args.pop("model"), **args)
         load_spec(config.model.path)
         return _here(config) if gpu is None else _described(config, gpu, jobs)
-    except EngineError as error:
-        print(f"{_PROG}: error: {error}", file=sys.stderr)
+    except (ConfigError, EngineError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -80,9 +78,9 @@ class _Bar:
         self._bar.close()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=_PROG,
+        prog=prog,
         description="Compile ahead of the first start. Flags are those of semipd_jax.serve.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -90,22 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="DIR", default=str(MODEL_DIR), help="model directory")
     parser.add_argument("--gpu", choices=described.GPUS, help="compile for this GPU, without one")
     parser.add_argument("--jobs", type=int, default=1, help="with --gpu: programs at once")
-    for option in options.OPTIONS:
-        parser.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
+    options.add_flags(parser, options.OPTIONS)
     return parser
-
-
-def _argument(option: options.Option) -> dict[str, Any]:
-    if options.value_type(option) is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": option.help}
-    words = options.choices(option)
-    metavar = None if words else option.field.upper()
-    return {
-        "type": options.parse(option),
-        "choices": words,
-        "metavar": metavar,
-        "help": option.help,
-    }
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ commands:
   serve      serve a model
   top        watch a server in the terminal
   control    show or change a server's shares, policy and promises
+  compile    fill the compile cache before the first start
   profile    measure step times on this machine, for the SLO tuner
   simulate   a load under modes and policies, on a virtual clock
   complete   print a completion as it comes
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from semipd_server import control_client
 
             return control_client.main(rest, prog="semipd-jax control")
+        case "compile":
+            from semipd_jax.compile import __main__ as compile_ahead
+
+            return compile_ahead.main(rest, prog="semipd-jax compile")
         case "profile":
             from semipd_jax import profile
 

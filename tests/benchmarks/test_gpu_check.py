@@ -13,7 +13,7 @@ from launch_rig import wait_until
 
 from benchmarks import gpu_check
 from benchmarks.aot import programs
-from benchmarks.gpu import engine, kernels, steps
+from benchmarks.gpu import kernels, steps, tokens
 from benchmarks.gpu.part import Outcome, Setting
 from semipd_jax.engine import Generation
 from semipd_jax.errors import StartupError
@@ -161,7 +161,7 @@ def test_result_is_a_table_and_a_file(part, capsys, monkeypatch, tmp_path):
     assert {"date", "commit", "versions"} <= found.keys()
 
 
-# ---------------------------------------------------------------- the engine part
+# ---------------------------------------------------------------- tokens and steps
 
 
 def generation(token_ids, tops):
@@ -176,13 +176,13 @@ WANTED = generation([5, 7], [((5, -0.1), (6, -2.5)), ((7, -0.7), (8, -0.71))])
 
 
 @pytest.mark.parametrize(
-    ("tokens", "gap"),
+    ("token_ids", "gap"),
     [([5, 7], 0.0), ([5, 8], 0.01), ([6, 8], 2.4), ([9, 7], math.inf)],
 )
-def test_tokens_may_differ_only_where_the_reference_hardly_cares(tokens, gap):
-    found = engine.compare("float32", [WANTED], [replace(WANTED, token_ids=tuple(tokens))])
+def test_tokens_may_differ_only_where_the_reference_hardly_cares(token_ids, gap):
+    found = tokens.compare("float32", [WANTED], [replace(WANTED, token_ids=tuple(token_ids))])
     assert math.isclose(found.worst_gap, gap, abs_tol=1e-9)
-    assert found.num_equal == (tokens == [5, 7])
+    assert found.num_equal == (token_ids == [5, 7])
     assert found.is_ok == (gap <= 0.02)
 
 
