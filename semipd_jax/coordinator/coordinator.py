@@ -239,9 +239,10 @@ class Coordinator:
             self._submit(client, handle, made.request, arrival_s, made.constraint)
 
     def _apply(self, made: list[Compiled | Masked], result: Result) -> None:
-        """Adds the endings that follow from masks to `result`."""
+        """Adds the endings that follow from masks to `result`. Masks first: a request that is
+        queued sends steps."""
         now = self._clock()
-        for one in made:
+        for one in sorted(made, key=lambda one: isinstance(one, Compiled)):
             match one:
                 case Compiled():
                     self._compiled(one)
