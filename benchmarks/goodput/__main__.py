@@ -68,6 +68,7 @@ def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
         targets,
         range(args.seed, args.seed + args.repeat),
         start_rate=args.start_rate,
+        least_rate=args.least_rate,
         precision=args.precision,
         progress=lambda text: _progress(f"{workload.name}: {text}"),
     )
@@ -145,6 +146,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workload", action="append", help=f"{flags.load_names()}; may be repeated")
     add("--repeat", type=int, default=3, help="searches of each system, with a seed each [3]")
     add("--start-rate", type=float, default=4.0, help="requests/s, where the first one starts [4]")
+    add("--least-rate", type=float, default=0.1, help="requests/s, below is nothing [0.1]")
     add("--precision", type=float, default=0.02, help="of the rate, relative [0.02]")
     add("--check-statics", action="store_true", help="look for static shares that do better")
     add("--against", type=Path, help="a goodput.json to compare with")

@@ -17,7 +17,6 @@ type Trial = Callable[[float], Outcome]
 """Runs a load at a rate, in requests per second and device."""
 
 _FACTOR: Final = 1.5
-LEAST_RATE: Final = 0.01
 MOST_RATE: Final = 1e5
 
 
@@ -58,6 +57,7 @@ def take_turns(
     seeds: Sequence[int],
     *,
     start_rate: float,
+    least_rate: float,
     precision: float,
     progress: Callable[[str], None],
 ) -> dict[str, list[Found]]:
@@ -67,7 +67,7 @@ def take_turns(
     for seed in seeds:
         for subject in subjects:
             with subject.running(seed) as trial:
-                one = find(trial, targets, seed, start_rate=rate, precision=precision)
+                one = find(trial, targets, seed, rate, least_rate, precision)
             found[subject.name].append(one)
             rate = one.rate or rate
             progress(f"{subject.name}, seed {seed}: {one.rate:.2f}/s in {len(one.trials)} trials")
@@ -75,7 +75,7 @@ def take_turns(
 
 
 def find(
-    trial: Trial, targets: SloTargets, seed: int, *, start_rate: float, precision: float
+    trial: Trial, targets: SloTargets, seed: int, start: float, least: float, precision: float
 ) -> Found:
     trials: dict[float, Outcome] = {}
 
@@ -83,12 +83,12 @@ def find(
         trials[rate] = trial(rate)
         return trials[rate].attainment(targets.default) >= targets.attainment
 
-    rate = highest(holds, start_rate, precision)
+    rate = highest(holds, start, least, precision)
     return Found(seed, rate, dict(sorted(trials.items())))
 
 
-def highest(holds: Callable[[float], bool], start: float, precision: float) -> float:
-    """The highest rate that `holds`, within a relative `precision`; 0 if LEAST_RATE is too much.
+def highest(holds: Callable[[float], bool], start: float, least: float, precision: float) -> float:
+    """The highest rate that `holds`, within a relative `precision`; 0 if it is below `least`.
 
     Raises:
       ValueError: a rate of MOST_RATE still holds. The load is too short to tell.
@@ -99,7 +99,7 @@ def highest(holds: Callable[[float], bool], start: float, precision: float) -> f
             good, rate = rate, rate * _FACTOR
         else:
             bad, rate = rate, rate / _FACTOR
-        if rate < LEAST_RATE:
+        if rate < least:
             return 0.0
         if rate > MOST_RATE:
             raise ValueError(f"{good:.0f} requests/s still hold the targets: the load is too short")

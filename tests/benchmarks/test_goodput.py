@@ -12,7 +12,7 @@ from benchmarks.goodput.__main__ import main
 from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
 from benchmarks.goodput.live import flags_of, outcome_of
 from benchmarks.goodput.results import result_of
-from benchmarks.goodput.search import LEAST_RATE, highest, take_turns
+from benchmarks.goodput.search import highest, take_turns
 from benchmarks.goodput.tables import agreement, goodputs, ratios
 from benchmarks.load import GeneratorHealth, LoadRun
 from benchmarks.metrics import Arrival, RequestRecord
@@ -49,26 +49,32 @@ class Saturates:
 
 @given(st.floats(0.02, 500.0), st.floats(0.1, 100.0), st.floats(0.005, 0.2))
 def test_the_search_finds_where_a_rate_no_longer_holds(limit, start, precision):
-    found = highest(lambda rate: rate <= limit, start, precision)
+    found = highest(lambda rate: rate <= limit, start, 0.01, precision)
     assert found <= limit < found * (1 + precision) * (1 + 1e-9)
 
 
 def test_a_rate_that_never_holds_is_zero():
     tried = []
-    assert highest(lambda rate: bool(tried.append(rate)), 4.0, 0.02) == 0.0
-    assert LEAST_RATE <= min(tried) < LEAST_RATE * 1.5
+    assert highest(lambda rate: bool(tried.append(rate)), 4.0, 0.5, 0.02) == 0.0
+    assert 0.5 <= min(tried) < 0.5 * 1.5
 
 
 def test_a_load_that_bears_any_rate_is_refused():
     with pytest.raises(ValueError, match="too short"):
-        highest(lambda rate: True, 4.0, 0.02)
+        highest(lambda rate: True, 4.0, 0.1, 0.02)
 
 
 def test_subjects_take_turns_seed_after_seed():
     log, told = [], []
     subjects = [Saturates("a", 5.0, log), Saturates("b", 10.0, log)]
     found = take_turns(
-        subjects, TARGETS, [0, 1], start_rate=2.0, precision=0.01, progress=told.append
+        subjects,
+        TARGETS,
+        [0, 1],
+        start_rate=2.0,
+        least_rate=0.1,
+        precision=0.01,
+        progress=told.append,
     )
     assert log == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert [one.rate for one in found["a"]] == pytest.approx([5.0, 6.0], rel=0.01)
@@ -83,7 +89,13 @@ def test_failed_requests_are_misses():
 
     subject = type("Fails", (), {"name": "fails", "running": staticmethod(running)})()
     found = take_turns(
-        [subject], TARGETS, [0], start_rate=1.0, precision=0.01, progress=lambda _: None
+        [subject],
+        TARGETS,
+        [0],
+        start_rate=1.0,
+        least_rate=0.1,
+        precision=0.01,
+        progress=lambda _: None,
     )
     assert found["fails"][0].rate == pytest.approx(3.0, rel=0.01)
 
@@ -114,7 +126,13 @@ def test_shares_over_time_are_means_over_parts_of_the_run():
     log = []
     subject = Saturates("a", 5.0, log)
     found = take_turns(
-        [subject], TARGETS, [0], start_rate=2.0, precision=0.5, progress=lambda _: None
+        [subject],
+        TARGETS,
+        [0],
+        start_rate=2.0,
+        least_rate=0.1,
+        precision=0.5,
+        progress=lambda _: None,
     )
     one = found["a"][0]
     one.trials[one.rate] = outcome(0.05, shares)
