@@ -148,7 +148,7 @@ async def _repeat(
 
 
 def _wait_until_ready(address: str, api_key: str | None) -> None:
-    with Client(address, api_key=api_key, retries=5) as client:
+    with Client(address, api_key=api_key, retries=4) as client:
         client.model_info()
 
 

@@ -25,18 +25,32 @@ _likely = st.sampled_from(
 )
 _names = sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *INERT})
 _message = st.fixed_dictionaries({"role": st.sampled_from(["user", "x"]), "content": st.text()})
-body = st.fixed_dictionaries(
-    {"max_tokens": st.sampled_from([1, 2])},
-    optional={
-        "prompt": st.text(max_size=30) | st.lists(st.integers(0, 450), max_size=5) | any_json,
-        "messages": st.lists(_message, max_size=3) | any_json,
-    },
-).flatmap(
-    lambda body: st.dictionaries(st.sampled_from(_names), _likely | any_json, max_size=2).map(
-        lambda more: more | body
+_ids = st.lists(st.integers(2, 300), min_size=1, max_size=5)
+_few = st.sampled_from([1, 2])
+_BODIES: Final = {
+    "/v1/completions": st.fixed_dictionaries(
+        {"max_tokens": _few, "prompt": st.text(min_size=1, max_size=30) | _ids}
+    ),
+    "/v1/chat/completions": st.fixed_dictionaries(
+        {"max_tokens": _few, "messages": st.lists(_message, min_size=1, max_size=3)}
+    ),
+    "/tokenize": st.fixed_dictionaries({"prompt": st.text(max_size=30)}),
+    "/detokenize": st.fixed_dictionaries({"tokens": _ids}),
+}
+"""What each route takes."""
+
+_odd = st.dictionaries(st.sampled_from(_names), _likely | any_json, max_size=2)
+
+
+def body(route: str) -> st.SearchStrategy[Any]:
+    """A request that a route takes, with a field or two that are strange."""
+    plain = _BODIES.get(route, _BODIES["/v1/completions"])
+    return st.one_of(
+        plain,
+        st.tuples(plain, _odd).map(lambda parts: parts[1] | parts[0]),
+        st.tuples(plain, _odd).map(lambda parts: parts[0] | parts[1]),
     )
-)
-"""Requests for completions and chats, a field or two of which are strange."""
+
 
 _HOSTILE_TEXTS: Final = (
     *(b"", b"{", b"[" * 5000, b'{"prompt": ', b'{"prompt": "\\ud800", "max_tokens": 1}'),
@@ -46,11 +60,16 @@ _HOSTILE_TEXTS: Final = (
 )
 
 
-def json_bytes() -> st.SearchStrategy[bytes]:
+def json_bytes(route: str) -> st.SearchStrategy[bytes]:
     """What is posted to a route that takes JSON."""
-    texts = (body | any_json).map(lambda value: json.dumps(value).encode())
+    texts = body(route).map(lambda value: json.dumps(value).encode())
     return st.one_of(
-        texts, damaged(texts), st.sampled_from(_HOSTILE_TEXTS), st.binary(max_size=200)
+        texts,
+        texts,
+        any_json.map(lambda value: json.dumps(value).encode()),
+        damaged(texts),
+        st.sampled_from(_HOSTILE_TEXTS),
+        st.binary(max_size=200),
     )
 
 

@@ -18,7 +18,7 @@ from semipd_server.pb import inference_pb2 as pb
 from semipd_server.settings import vllm_is_installed
 
 _ROUTES: Final = (
-    *("/v1/completions", "/v1/completions", "/v1/chat/completions", "/v1/chat/completions"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/completions", "/v1/chat/completions"),
     *("/tokenize", "/detokenize", "/absent"),
 )
 _CALLERS_FAULT: Final = {
@@ -76,9 +76,10 @@ async def _all(work: Iterator[Any]) -> None:
 
 
 def _http_work(client: httpx2.AsyncClient, number: int, n: int, outcome: Outcome) -> Iterator[Any]:
-    routes = itertools.cycle(_ROUTES)
-    for data in _draw(inputs.json_bytes(), number, n):
-        yield _post(client, next(routes), data, outcome)
+    data = _draws([inputs.json_bytes(route) for route in _ROUTES], number, n)
+    for batch in zip(*data, strict=True):
+        for route, text in zip(_ROUTES, batch, strict=True):
+            yield _post(client, route, text, outcome)
 
 
 async def _post(client: httpx2.AsyncClient, route: str, data: bytes, outcome: Outcome) -> None:
@@ -96,10 +97,8 @@ async def _post(client: httpx2.AsyncClient, route: str, data: bytes, outcome: Ou
 
 def _grpc_work(channel: grpc.aio.Channel, number: int, n: int, outcome: Outcome) -> Iterator[Any]:
     methods = _methods()
-    data = [
-        _draw(inputs.message_bytes(m.input_type), number, n // len(methods) + 1) for m in methods
-    ]
-    for batch in itertools.islice(zip(*data, strict=True), n):
+    data = _draws([inputs.message_bytes(method.input_type) for method in methods], number, n)
+    for batch in zip(*data, strict=True):
         for method, message in zip(methods, batch, strict=True):
             yield _call(channel, method, message, outcome)
 
@@ -129,6 +128,12 @@ async def _call(
         if status not in _CALLERS_FAULT:
             outcome.wrong.append(f"{name} {data[:_SHOWN]!r}: {status} {error.details()}")
     outcome.answers[f"{name} {status.name}"] += 1
+
+
+def _draws(strategies: list[st.SearchStrategy[bytes]], number: int, n: int) -> list[list[bytes]]:
+    """About `n` examples, as many of each strategy, from a seed of its own."""
+    each, first = n // len(strategies) + 1, number * len(strategies)
+    return [_draw(strategy, first + i, each) for i, strategy in enumerate(strategies)]
 
 
 def _draw[T](strategy: st.SearchStrategy[T], number: int, n: int) -> list[T]:

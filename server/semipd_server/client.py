@@ -29,6 +29,7 @@ from semipd_server.status import error_from
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _RETRIES: Final = 2
+_MAX_RETRIES: Final = 4  # gRPC's
 _UNARY_TIMEOUT_S: Final = 60.0
 
 
@@ -38,8 +39,8 @@ class Client:
     Args:
       api_key: one that the server accepts.
       credentials: for TLS; see `grpc.ssl_channel_credentials`.
-      retries: of a call that the server could not take (UNAVAILABLE: nothing was generated), at
-        most 5. A call that was answered in part is never repeated.
+      retries: of a call that the server could not take (UNAVAILABLE: nothing was generated), 0 to
+        4. A call that was answered in part is never repeated.
 
     Every method raises the `semipd_jax.errors` that the server meant, TimeoutError after
     `timeout_s`, and grpc.RpcError for anything else.
@@ -214,6 +215,8 @@ class AsyncClient:
 
 def _options(retries: int) -> tuple[tuple[str, Any], ...]:
     """Of a channel. gRPC itself repeats a call, and only until the server's first word."""
+    if not 0 <= retries <= _MAX_RETRIES:
+        raise ValueError(f"retries is {retries}; allowed: 0 to {_MAX_RETRIES}")
     method: dict[str, Any] = {"name": [{"service": _SERVICE}]}
     if retries:
         method["retryPolicy"] = {

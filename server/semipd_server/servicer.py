@@ -59,11 +59,13 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
 
 
 async def send(context: Context, message: Message) -> None:
-    """Writes the next message of a stream. If the client has read nothing for too long, the call is
-    cancelled: the write under way leaves no room for a status, which nobody would read anyway."""
+    """Writes the next message of a stream. If the client has left this moment, or has read nothing
+    for too long, the call is cancelled: nobody would read a status."""
     try:
         async with asyncio.timeout(_WRITE_TIMEOUT_S):
             await context.write(message)
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
     except TimeoutError as error:
         _log.warning("a client that read nothing for %.0f s is cut off", _WRITE_TIMEOUT_S)
         raise asyncio.CancelledError from error

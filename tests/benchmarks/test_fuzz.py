@@ -39,7 +39,7 @@ def test_no_input_makes_the_server_fail(tmp_path: Path):
     assert left == 0
     answers = outcome.answers
     assert answers.total() >= 800
-    for ending in ("/v1/completions 200", "/v1/completions 400", "/absent 404"):
+    for ending in ("/v1/completions 200", "/v1/completions 400", "/tokenize 200", "/absent 404"):
         assert answers[f"POST {ending}"] > 0, ending
     for ending in ("Generate OK", "Generate INVALID_ARGUMENT"):
         assert sum(n for answer, n in answers.items() if answer.endswith(ending)) > 0, ending

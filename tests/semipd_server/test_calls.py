@@ -108,3 +108,9 @@ def test_what_was_answered_in_part_is_not_repeated(start: Start):
             assert len(rig.fake.submitted) == 1
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("retries", [-1, 5])
+def test_retries_have_bounds(retries: int):
+    with pytest.raises(ValueError, match=f"retries is {retries}; allowed: 0 to 4"):
+        AsyncClient("localhost:1", retries=retries)

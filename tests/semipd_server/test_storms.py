@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -79,6 +79,18 @@ def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(
             ended = rig.front_end.gate.calls.ended
             assert ended["/semipd.v1.InferenceService/Generate", "CANCELLED"] == 1
             stalled.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_at_a_write_is_no_error_of_ours():
+    class Left:
+        async def write(self, message: Any) -> None:
+            raise grpc.aio.InternalError("the batch failed")
+
+    async def main():
+        with pytest.raises(asyncio.CancelledError):
+            await servicer.send(cast(Any, Left()), pb.GenerateResponse())
 
     asyncio.run(main())
 

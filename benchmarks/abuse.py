@@ -1,0 +1,227 @@
+"""`python -m benchmarks.abuse`: polite clients while others misbehave.
+
+A few polite streams run alone, then beside each kind of abuse: 1,000 streams at once, storms of
+cancels, clients that never read, connections that say nothing, messages and bodies that are too
+long or no messages at all. The polite ones' gaps between tokens (p99) may at most double, and the
+front end may not grow. The real processes, with workers that pace the load. Exits with 1 otherwise.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import httpx2
+
+from benchmarks import common
+from benchmarks.chaos import engine_processes
+from benchmarks.fake_engine import fake_engine
+from benchmarks.fake_worker import STEP_S
+from benchmarks.metrics import distribution_ms
+from benchmarks.processes import idle_stats
+from benchmarks.semipd import wait_until_ready
+from semipd_jax.launch.launcher import Launcher
+from semipd_jax.request import Delta
+from semipd_server.client import AsyncClient
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.settings import Settings
+
+_POLITE: Final = 4
+_POLITE_TOKENS: Final = 200
+_STEP_TIME_S: Final = 0.02
+_ROWS: Final = 1100
+_STREAMS: Final = 1000
+_SOCKETS: Final = 200
+_MOST_RATIO: Final = 2.0
+_NOTICEABLE_MS: Final = 5.0  # below this, a difference is the machine's noise
+_GROWTH_MIB: Final = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one kind of abuse; "none" is the comparison."""
+
+    kind: str
+    itl_p99_ms: float
+    front_end_mib: float
+    num_acts: int
+
+
+class Abuse:
+    """Each method is one act, repeated for as long as the polite clients run."""
+
+    def __init__(self, target: str, url: str) -> None:
+        self.target = target
+        self.url = url
+        self._rng = random.Random(0)
+
+    async def none(self) -> None:
+        await asyncio.sleep(0.1)
+
+    async def thousand_streams(self) -> None:
+        async with self._channel() as stub:
+            calls = [stub.Generate(_request(max_tokens=20)) for _ in range(_STREAMS)]
+            await asyncio.gather(*(_read(call) for call in calls), return_exceptions=True)
+
+    async def cancel_storm(self) -> None:
+        async with self._channel() as stub:
+            calls = [stub.Generate(_request(max_tokens=200)) for _ in range(50)]
+            await asyncio.sleep(self._rng.uniform(0, 0.1))
+            for call in calls:
+                call.cancel()
+
+    async def never_reads(self) -> None:
+        body = b'{"prompt": [5], "n": 16, "max_tokens": 200, "logprobs": 20, "stream": true}'
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        await self._hold((head + "content-type: application/json\r\n\r\n").encode() + body, 5)
+
+    async def says_nothing(self) -> None:
+        await self._hold(b"", _SOCKETS)
+
+    async def half_a_request(self) -> None:
+        await self._hold(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n", _SOCKETS)
+
+    async def too_long(self) -> None:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=30) as client:
+            with contextlib.suppress(httpx2.HTTPError):
+                await client.post(
+                    "/v1/completions",
+                    content=b'{"prompt": "' + b"a" * (8 << 20),
+                    headers={"content-type": "application/json"},
+                )
+
+    async def no_messages(self) -> None:
+        async with grpc.aio.insecure_channel(self.target) as channel:
+            method = channel.unary_stream("/semipd.v1.InferenceService/Generate")
+            for _ in range(50):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for _ in method(self._rng.randbytes(1000)):
+                        pass
+
+    @asynccontextmanager
+    async def _channel(self) -> AsyncIterator[Any]:
+        async with grpc.aio.insecure_channel(self.target) as channel:
+            yield pb_grpc.InferenceServiceStub(channel)
+
+    async def _hold(self, sent: bytes, count: int) -> None:
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as held:
+            for _ in range(count):
+                client = held.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                with contextlib.suppress(OSError):
+                    await loop.sock_connect(client, (host, int(port)))
+                    await loop.sock_sendall(client, sent)
+            await asyncio.sleep(2.0)
+
+
+def _request(**sampling: Any) -> pb.GenerateRequest:
+    message = pb.SamplingParams(ignore_eos=True, **sampling)
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]), sampling=message)
+
+
+async def _read(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def _polite(target: str) -> list[float]:
+    """Gaps between the messages of one well-behaved stream, in seconds."""
+    gaps: list[float] = []
+    async with AsyncClient(target, retries=0) as client:
+        events = client.generate([5, 6], max_tokens=_POLITE_TOKENS, ignore_eos=True)
+        async with aclosing(events):
+            last_s = None
+            async for event in events:
+                now_s = time.perf_counter()
+                if isinstance(event, Delta):
+                    if last_s is not None:
+                        gaps.append(now_s - last_s)
+                    last_s = now_s
+    return gaps
+
+
+async def _beside(abuse: Abuse, act: Callable[[], Awaitable[None]]) -> Result:
+    num_acts = 0
+
+    async def misbehave() -> None:
+        nonlocal num_acts
+        while True:
+            await act()
+            num_acts += 1
+
+    misbehaving = asyncio.create_task(misbehave())
+    await asyncio.sleep(0.5)
+    streams = await asyncio.gather(*(_polite(abuse.target) for _ in range(_POLITE)))
+    if misbehaving.done():
+        misbehaving.result()
+    misbehaving.cancel()
+    await asyncio.gather(misbehaving, return_exceptions=True)
+    gaps = distribution_ms(gap for stream in streams for gap in stream)
+    assert gaps is not None
+    mib = engine_processes()["front end"].memory_full_info().uss / 2**20
+    return Result(act.__name__, gaps.p99, mib, num_acts)
+
+
+def _measure(launcher: Launcher, kinds: Sequence[str]) -> tuple[list[Result], list[str]]:
+    assert launcher.address is not None
+    assert launcher.http_address is not None
+    wait_until_ready(launcher.address, timeout_s=60.0)
+    abuse, results = Abuse(launcher.address, launcher.http_address), list[Result]()
+    for kind in ("none", *kinds):
+        results.append(asyncio.run(_beside(abuse, getattr(abuse, kind))))
+        print(f"{results[-1]}", file=sys.stderr, flush=True)
+    alone, *others = results
+    most_ms = max(_MOST_RATIO * alone.itl_p99_ms, alone.itl_p99_ms + _NOTICEABLE_MS)
+    wrong = [f"{r.kind}: p99 is {r.itl_p99_ms:.1f} ms" for r in others if r.itl_p99_ms > most_ms]
+    most_mib = alone.front_end_mib + _GROWTH_MIB
+    wrong += [f"{r.kind}: {r.front_end_mib:.0f} MiB" for r in others if r.front_end_mib > most_mib]
+    stats = idle_stats(launcher.run_dir)
+    if stats.num_free_pages != stats.num_pages:
+        wrong.append(f"{stats.num_free_pages} of {stats.num_pages} pages are free")
+    return results, wrong
+
+
+_KINDS: Final = (
+    *("thousand_streams", "cancel_storm", "never_reads", "says_nothing", "half_a_request"),
+    *("too_long", "no_messages"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.abuse", description="Polite clients while others misbehave."
+    )
+    parser.add_argument("kinds", nargs="*", help=f"which of {', '.join(_KINDS)} [all]")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    args = parser.parse_args(argv)
+    if unknown := set(args.kinds) - set(_KINDS):
+        parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(_KINDS)}")
+    os.environ[STEP_S] = str(_STEP_TIME_S)  # workers inherit it
+    with fake_engine(_ROWS, Settings(port=0, http_port=0)) as launcher:
+        results, wrong = _measure(launcher, args.kinds or _KINDS)
+    rows = [(r.kind, r.itl_p99_ms, r.front_end_mib, r.num_acts) for r in results]
+    common.print_table(("abuse", "polite ITL p99 ms", "front end MiB", "acts"), rows)
+    for problem in wrong:
+        print(f"WRONG: {problem}")
+    if args.json:
+        found = {"results": [asdict(r) for r in results], "wrong": wrong}
+        common.write_json(args.json, common.header(vars(args)) | found)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
