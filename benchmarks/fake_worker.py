@@ -32,11 +32,11 @@ _TICK_S: Final = 0.1
 def main(child: Child) -> None:
     spec, layout = child.spec, child.spec.layout
     assert layout is not None
-    assert spec.phase is not None
+    assert spec.lane is not None
     assert spec.share is not None
     worker_id, step_s = spec.extra["worker_id"], float(os.environ.get(STEP_S, "0"))
     link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
-    link.send(WorkerReady(worker_id, spec.phase, spec.share))
+    link.send(WorkerReady(worker_id, spec.lane, spec.share))
     child.ready()
     while not child.stopping.is_set():
         step = link.receive(_TICK_S)

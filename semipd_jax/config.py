@@ -6,6 +6,7 @@ and travel in `messages.MemoryLayout`, never by changing the config.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -21,7 +22,19 @@ type MpsMode = Literal["auto", "on", "off"]
 type SchedulingPolicy = Literal["fcfs", "spf"]
 type SharePolicy = Literal["static", "semi-pd", "semi-pd-replan", "predictive"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
+type Mode = Literal["semi-pd", "colocated", "chunked"]
+type Phase = Literal["prefill", "decode"]
+type Lane = Phase | Literal["colocated", "chunked"]
+"""Steps that run one after another, in workers of their own: of a phase, or of both."""
 
+PHASES: Final[tuple[Phase, ...]] = ("decode", "prefill")
+"""In the order of planning: decode may preempt requests for pages, what it leaves is prefill's."""
+
+LANES: Final[Mapping[Mode, tuple[Lane, ...]]] = {
+    "semi-pd": PHASES,
+    "colocated": ("colocated",),
+    "chunked": ("chunked",),
+}
 
 POLICIES: Final = get_args(SharePolicy.__value__)
 
@@ -219,14 +232,14 @@ class ShareConfig:
         """One per rung and phase, and one per phase at a share off its ladder."""
         return sum(len(self.rungs(phase)) + 1 for phase in ("prefill", "decode"))
 
-    def rungs(self, phase: Literal["prefill", "decode"]) -> tuple[float, ...]:
-        """The shares of a phase whose workers are kept warm, smallest first."""
-        share, own = (
-            (self.prefill, self.prefill_ladder)
-            if phase == "prefill"
-            else (self.decode, self.decode_ladder)
-        )
-        return tuple(sorted({share, *(self.ladder if own is None else own)}))
+    def share(self, lane: Lane) -> float:
+        """The share of a lane at the start; one with both phases has all compute."""
+        return {"prefill": self.prefill, "decode": self.decode}.get(lane, 1.0)
+
+    def rungs(self, lane: Lane) -> tuple[float, ...]:
+        """The shares of a lane whose workers are kept warm, smallest first."""
+        own = {"prefill": self.prefill_ladder, "decode": self.decode_ladder}.get(lane)
+        return tuple(sorted({self.share(lane), *(self.ladder if own is None else own)}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +297,10 @@ class EngineConfig:
     """Everything an engine needs to know.
 
     Attributes:
+      mode: "semi-pd" runs prefill and decode at the same time, each in a worker of its own. The
+        others are what it is compared with, and have one worker for both: "colocated" runs prefill
+        steps while there are any, then decode steps; "chunked" puts prompt tokens into decode
+        steps, up to `max_num_batched_tokens` tokens in all (Sarathi-Serve, arXiv 2403.02310).
       device: where workers run; "auto" is a GPU if there is one that can be used.
       compile_cache_dir: directory of compiled programs; None means the user's cache directory.
       log_level: what child processes write to standard error.
@@ -296,7 +313,39 @@ class EngineConfig:
     shares: ShareConfig = field(default_factory=ShareConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
+    mode: Mode = "semi-pd"
     device: Device = "auto"
     compile_cache_dir: str | None = None
     log_level: LogLevel = "warning"
     log_format: LogFormat = "text"
+
+    def __post_init__(self) -> None:
+        if self.mode != "semi-pd":
+            self._require_no_shares()
+        limits = self.scheduler
+        require(
+            self.mode != "chunked" or limits.max_num_batched_tokens > limits.max_num_seqs,
+            "max_num_batched_tokens",
+            limits.max_num_batched_tokens,
+            f"more than max_num_seqs ({limits.max_num_seqs}) with mode 'chunked', whose steps take "
+            "a token of every running request before any of a prompt",
+        )
+
+    @property
+    def max_num_workers(self) -> int:
+        return self.shares.max_num_workers if self.mode == "semi-pd" else 1
+
+    def _require_no_shares(self) -> None:
+        unset = ShareConfig()
+        for name, key in (
+            ("prefill_share", "prefill"),
+            ("decode_share", "decode"),
+            ("share_ladder", "ladder"),
+            ("prefill_share_ladder", "prefill_ladder"),
+            ("decode_share_ladder", "decode_ladder"),
+        ):
+            value = getattr(self.shares, key)
+            allowed = f"unset with mode {self.mode!r}, whose one worker has all compute"
+            require(value == getattr(unset, key), name, value, allowed)
+        policy = self.tuner.policy
+        require(policy == "static", "policy", policy, f"static with mode {self.mode!r}")

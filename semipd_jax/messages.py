@@ -11,15 +11,13 @@ Arrays travel as little-endian bytes of the dtype named beside the field (`numpy
 major. Row 0 and page 0 are scratch: padding names them, no request holds them.
 """
 
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 import numpy as np
 
-from semipd_jax.config import EngineConfig, Platform, SharePolicy
+from semipd_jax.config import EngineConfig, Lane, Phase, Platform, SharePolicy
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
-
-type Phase = Literal["prefill", "decode"]
 
 OTHER_PHASE: Final[dict[Phase, Phase]] = {"prefill": "decode", "decode": "prefill"}
 
@@ -118,7 +116,25 @@ class DecodeStep(Message, frozen=True):
     masks: TokenMasks | None = None
 
 
-type ToWorker = PrefillStep | DecodeStep
+class MixedStep(Message, frozen=True):
+    """One forward pass for both: a decode step and a prefill step with the same id, of different
+    requests. Its rows are those of `decode`, then those of `prefill`."""
+
+    decode: DecodeStep
+    prefill: PrefillStep
+
+    @property
+    def step_id(self) -> int:
+        return self.decode.step_id
+
+
+type ToWorker = PrefillStep | DecodeStep | MixedStep
+
+
+def parts(step: ToWorker) -> tuple[PrefillStep | DecodeStep, ...]:
+    """A mixed step's two, or the step itself."""
+    return (step.decode, step.prefill) if isinstance(step, MixedStep) else (step,)
+
 
 # ---------------------------------------------------------------- worker → coordinator
 
@@ -130,7 +146,7 @@ class WorkerReady(Message, frozen=True):
     """
 
     worker_id: str
-    phase: Phase
+    lane: Lane
     share: float
 
 
@@ -407,7 +423,7 @@ class ChildSpec(Line, frozen=True):
     config: EngineConfig
     platform: Platform = "cpu"
     layout: MemoryLayout | None = None
-    phase: Phase | None = None
+    lane: Lane | None = None
     share: float | None = None
     extra: dict[str, str] = {}
 
@@ -416,7 +432,7 @@ class WorkerLost(Line, frozen=True):
     """To the coordinator: this worker's process is gone; a replacement is being started."""
 
     worker_id: str
-    phase: Phase
+    lane: Lane
 
 
 class Serve(Line, frozen=True):
@@ -436,9 +452,9 @@ class Drain(Line, frozen=True):
 
 
 class ShareUnavailable(Line, frozen=True):
-    """To the coordinator: no worker of this phase can be had at this share."""
+    """To the coordinator: no worker of this lane can be had at this share."""
 
-    phase: Phase
+    lane: Lane
     share: float
 
 
@@ -479,7 +495,7 @@ class Stalled(Line, frozen=True):
 class StartWorker(Line, frozen=True):
     """From the coordinator: a worker at a share that has none is wanted."""
 
-    phase: Phase
+    lane: Lane
     share: float
 
 

@@ -26,6 +26,7 @@ class Option:
 
 
 OPTIONS: Final = (
+    Option("mode", "", "mode", "how prefill and decode share the device; the others are baselines"),
     Option("device", "", "device", "where to run"),
     Option("tokenizer", "model", "tokenizer", "directory of the tokenizer [the model's]"),
     Option("served_model_name", "model", "served_name", "name that clients see [the directory's]"),

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 from fake_device import FakeDevice, mask_of, may_follow, next_token
 
-from semipd_jax.config import ShareConfig
+from semipd_jax.config import LANES, Mode, ShareConfig
 from semipd_jax.coordinator.coordinator import Coordinator
 from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.coordinator.structured import Compiled, Masked
@@ -90,8 +90,11 @@ class Engine:
         shares: ShareConfig = NO_LADDER,
         limits: Limits = LIMITS,
         *,
+        mode: Mode = "semi-pd",
         has_grammars: bool = True,
     ) -> None:
+        self.lanes = LANES[mode]
+        self.num_answers = 0
         self.now = 0.0
         self.asked: list[ToLauncher] = []
         self.workers, self.clients = Sent(), Sent()
@@ -102,7 +105,7 @@ class Engine:
             self.scheduler,
             self.workers,
             self.clients,
-            ShareControl(shares),
+            ShareControl(shares, LANES[mode]),
             step_timeout_s=10.0,
             tell_launcher=self.asked.append,
             grammars=self.grammars if has_grammars else None,
@@ -110,8 +113,8 @@ class Engine:
         )
 
     def start_workers(self, generation: int = 1) -> None:
-        for phase in ("prefill", "decode"):
-            self.coordinator.from_worker(WorkerReady(f"{phase}-{generation}", phase, 1.0))
+        for lane in self.lanes:
+            self.coordinator.from_worker(WorkerReady(f"{lane}-{generation}", lane, 1.0))
 
     def submit(
         self,
@@ -140,10 +143,11 @@ class Engine:
     def answer(self, worker: str) -> StepDone:
         reply = self.device.run(self.queue(worker).popleft(), worker)
         self.coordinator.from_worker(reply)
+        self.num_answers += 1
         return reply
 
     def run(self, generation: int = 1) -> None:
-        names = [f"prefill-{generation}", f"decode-{generation}"]
+        names = [f"{lane}-{generation}" for lane in self.lanes]
         while any(self.queue(name) for name in names):
             for name in names:
                 if self.queue(name):

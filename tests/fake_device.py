@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semipd_jax.messages import ROW_SAMPLING, DecodeStep, PrefillStep, StepDone
+from semipd_jax.messages import ROW_SAMPLING, DecodeStep, PrefillStep, StepDone, ToWorker, parts
 
 VOCAB = 50
 
@@ -63,7 +63,11 @@ class FakeDevice:
         self.tokens = memory("tokens", (num_rows, length))
         self.page_size = page_size
 
-    def run(self, step: PrefillStep | DecodeStep, worker_id: str = "") -> StepDone:
+    def run(self, step: ToWorker, worker_id: str = "") -> StepDone:
+        sampled = b"".join(map(self._run, parts(step)))
+        return StepDone(worker_id, step.step_id, sampled, device_s=0.0, num_compiles=0)
+
+    def _run(self, step: PrefillStep | DecodeStep) -> bytes:
         rows = np.frombuffer(step.rows, np.int32)
         context_lens = np.frombuffer(step.context_lens, np.int32)
         table = np.frombuffer(step.page_table, np.int32).reshape(len(rows), step.table_width)
@@ -91,7 +95,7 @@ class FakeDevice:
                 assert self.tokens[row, :end].tolist() == context, "the row lacks some history"
                 sampled[i] = next_token(context, int(sampling["seed"][i]), allowed.get(i))
                 self.tokens[row, end] = sampled[i]
-        return StepDone(worker_id, step.step_id, sampled.tobytes(), device_s=0.0, num_compiles=0)
+        return sampled.tobytes()
 
     def _write(self, pages: np.ndarray, row: int, start: int, tokens: np.ndarray) -> None:
         before = self.prefix[self._slot(pages, start - 1)] if start else 0

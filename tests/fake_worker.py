@@ -1,8 +1,8 @@
 """`python -m fake_worker`: a worker process whose device is `fake_device`.
 
-A file in the run directory changes what workers of a phase do: with `die-PHASE` they die at start,
-with `sleep-PHASE` they never become ready, with `hang-PHASE` one holds the next step for good, with
-`fail-PHASE` one fails in the next step, with `stay-PHASE` they do not leave when they are asked to.
+A file in the run directory changes what workers of a lane do: with `die-LANE` they die at start,
+with `sleep-LANE` they never become ready, with `hang-LANE` one holds the next step for good, with
+`fail-LANE` one fails in the next step, with `stay-LANE` they do not leave when they are asked to.
 """
 
 import os
@@ -19,11 +19,11 @@ from semipd_jax.transport.channels import WORKERS, Link
 def main(child: Child) -> None:
     spec, layout = child.spec, child.spec.layout
     assert layout is not None
-    assert spec.phase is not None
+    assert spec.lane is not None
     directory = Path(spec.run_dir)
-    if (directory / f"die-{spec.phase}").exists():
+    if (directory / f"die-{spec.lane}").exists():
         os._exit(9)
-    if (directory / f"sleep-{spec.phase}").exists():
+    if (directory / f"sleep-{spec.lane}").exists():
         child.wait(3600)
         return
     device = FakeDevice(
@@ -35,20 +35,20 @@ def main(child: Child) -> None:
     )
     worker_id = spec.extra["worker_id"]
     link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
-    link.send(WorkerReady(worker_id, spec.phase, spec.share or 1.0))
+    link.send(WorkerReady(worker_id, spec.lane, spec.share or 1.0))
     child.ready()
     while not child.stopping.is_set():
         step = link.receive(0.1)
-        if (directory / f"hang-{spec.phase}").exists():
-            (directory / f"hang-{spec.phase}").unlink()
+        if (directory / f"hang-{spec.lane}").exists():
+            (directory / f"hang-{spec.lane}").unlink()
             time.sleep(3600)
-        if (directory / f"fail-{spec.phase}").exists():
-            (directory / f"fail-{spec.phase}").unlink()
+        if (directory / f"fail-{spec.lane}").exists():
+            (directory / f"fail-{spec.lane}").unlink()
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
         if step is not None:
             link.send(device.run(step, worker_id))
     link.close()
-    while (directory / f"stay-{spec.phase}").exists():
+    while (directory / f"stay-{spec.lane}").exists():
         time.sleep(0.05)
 
 

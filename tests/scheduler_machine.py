@@ -22,9 +22,11 @@ from scheduler_cases import (
     run_to_end,
 )
 
-from semipd_jax.messages import DecodeStep, PrefillStep
+from semipd_jax.config import LANES
+from semipd_jax.messages import PrefillStep, ToWorker, parts
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request
+from semipd_jax.scheduler.lanes import next_step
 from semipd_jax.scheduler.state import RequestState
 
 _LONG_PROMPT = st.tuples(st.integers(1, 18), st.integers(1, 8))
@@ -39,8 +41,9 @@ class Serving(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         policy=st.sampled_from(["fcfs", "spf"]),
         caching=st.sampled_from([True, True, True, False]),
+        mode=st.sampled_from(["semi-pd", "semi-pd", "colocated", "chunked"]),
     )
-    def start(self, num_pages, num_rows, budget, policy, caching):
+    def start(self, num_pages, num_rows, budget, policy, caching, mode):
         self.scheduler, self.device = make_scheduler(
             num_pages=num_pages,
             num_rows=num_rows,
@@ -49,7 +52,7 @@ class Serving(RuleBasedStateMachine):
             ageing_tokens_per_s=2.0,
             enable_prefix_caching=caching,
         )
-        self.queues = {"prefill": deque(), "decode": deque()}
+        self.queues = {lane: deque() for lane in LANES[mode]}
         self.unmasked: list[RequestState] = []
         self.requests: dict[int, Request] = {}
         self.states = []
@@ -104,26 +107,25 @@ class Serving(RuleBasedStateMachine):
         """Steps are planned and answered in random order; the eager plan more than is answered."""
         rng = random.Random(seed)
         for _ in range(num_moves):
-            phase = rng.choice(["prefill", "decode"])
+            lane = rng.choice(list(self.queues))
             if self.unmasked and rng.random() < 0.3:
                 self._make_mask(rng.randrange(len(self.unmasked)))
             elif rng.random() > eagerness:
-                self._answer(phase)
-            elif len(self.queues[phase]) < 2:
-                self._plan(phase)
+                self._answer(lane)
+            elif len(self.queues[lane]) < 2:
+                self._plan(lane)
             self.check()
 
-    def _plan(self, phase):
-        scheduler = self.scheduler
-        sent = scheduler.next_prefill(now_s=0.0) if phase == "prefill" else scheduler.next_decode()
+    def _plan(self, lane):
+        sent = next_step(self.scheduler, lane, now_s=0.0)
         if sent is not None:
-            self.queues[phase].append(sent.step)
+            self.queues[lane].append(sent.step)
             pages = _named_pages(sent.step)
             self.sent_with[sent.step.step_id] = {page: self.times_allocated[page] for page in pages}
 
-    def _answer(self, phase):
-        if self.queues[phase]:
-            reply = self.device.run(self.queues[phase].popleft())
+    def _answer(self, lane):
+        if self.queues[lane]:
+            reply = self.device.run(self.queues[lane].popleft())
             result = self.scheduler.step_done(reply, now_s=0.0)
             self.outcome.take(result)
             self.unmasked += [token.request for token in result.unmasked]
@@ -136,13 +138,14 @@ class Serving(RuleBasedStateMachine):
         self.times_allocated.update(pages or [])
         return pages
 
-    @rule(phase=st.sampled_from(["prefill", "decode"]), ran=st.integers(0, 2))
-    def lose_worker(self, phase, ran):
+    @rule(data=st.data(), ran=st.integers(0, 2))
+    def lose_worker(self, data, ran):
         """Some of its steps had run, unanswered; all of them are planned again."""
-        for step in list(self.queues[phase])[:ran]:
+        queue = self.queues[data.draw(st.sampled_from(sorted(self.queues)))]
+        for step in list(queue)[:ran]:
             self.device.run(step)
-        steps = [step.step_id for step in self.queues[phase]]
-        self.queues[phase].clear()
+        steps = [step.step_id for step in queue]
+        queue.clear()
         self.outcome.take(self.scheduler.worker_lost(steps, now_s=0.0))
 
     @precondition(lambda self: self._running())
@@ -170,8 +173,12 @@ class Serving(RuleBasedStateMachine):
         state, pages = self.scheduler.state, self.sent_with[step.step_id]
         assert state.pages.num_unreferenced(pages) == 0, "a step in flight names a free page"
         assert pages == {page: self.times_allocated[page] for page in pages}, "a page was reused"
-        assert not set(np.frombuffer(step.rows, np.int32).tolist()) & set(state.free_rows)
-        assert all(map(state.pages.is_private, _written_pages(step)))
+        rows = [row for part in parts(step) for row in _ints(part.rows)]
+        assert len(rows) == len(set(rows)), "a request is twice in a step"
+        assert not set(rows) & set(state.free_rows)
+        written = _written_pages(step)
+        assert len(written) == len(set(written)), "a page has two writers"
+        assert all(map(state.pages.is_private, written))
 
     def _check_sealed(self, page, salt, tokens):
         """It holds the KV of the tokens that its key stands for, and nobody with another salt
@@ -200,9 +207,9 @@ class Serving(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        for phase in self.queues:
-            while self.queues[phase]:
-                self._answer(phase)
+        for lane in self.queues:
+            while self.queues[lane]:
+                self._answer(lane)
         while self.unmasked:
             self._make_mask(0)
         run_to_end(self.scheduler, self.device, self.outcome)
@@ -218,18 +225,23 @@ class Serving(RuleBasedStateMachine):
         assert state.pages.num_available == state.limits.num_pages - 1
 
 
-def _named_pages(step: PrefillStep | DecodeStep) -> set[int]:
-    return set(np.frombuffer(step.page_table, np.int32).tolist()) - {0}
+def _ints(array: bytes) -> list[int]:
+    return np.frombuffer(array, np.int32).tolist()
 
 
-def _written_pages(step: PrefillStep | DecodeStep) -> set[int]:
-    ends = np.frombuffer(step.context_lens, np.int32)
-    table = np.frombuffer(step.page_table, np.int32).reshape(len(ends), -1)
-    new = np.ones_like(ends)
-    if isinstance(step, PrefillStep):
-        new = np.diff(np.frombuffer(step.cu_q_lens, np.int32))
-    return {
-        int(table[i, position // PAGE_SIZE])
-        for i, (n, end) in enumerate(zip(new, ends, strict=True))
-        for position in range(end - n, end)
-    }
+def _named_pages(step: ToWorker) -> set[int]:
+    return {page for part in parts(step) for page in _ints(part.page_table)} - {0}
+
+
+def _written_pages(step: ToWorker) -> list[int]:
+    """Once for each request that writes it."""
+    pages: list[int] = []
+    for part in parts(step):
+        ends = _ints(part.context_lens)
+        table = np.frombuffer(part.page_table, np.int32).reshape(len(ends), -1)
+        new = [1] * len(ends)
+        if isinstance(part, PrefillStep):
+            new = np.diff(np.frombuffer(part.cu_q_lens, np.int32)).tolist()
+        for i, (n, end) in enumerate(zip(new, ends, strict=True)):
+            pages += {int(table[i, p // PAGE_SIZE]) for p in range(end - n, end)}
+    return pages

@@ -18,7 +18,7 @@ from benchmarks.load import LoadRun, run_load
 from benchmarks.metrics import RequestRecord
 from benchmarks.semipd import running_server, sender
 from benchmarks.workload import PlannedRequest, replayed
-from semipd_jax.config import POLICIES, require
+from semipd_jax.config import PHASES, POLICIES, require
 from semipd_jax.messages import Phase
 from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.systems import System
@@ -26,7 +26,6 @@ from semipd_jax.simulator.traces import clip
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.policy import Ladder
 from semipd_jax.tuner.slo import SloTarget
-from semipd_jax.tuner.tuner import PHASES
 from semipd_server.client import AsyncClient
 from semipd_server.control_client import ControlClient
 

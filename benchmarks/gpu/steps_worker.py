@@ -38,21 +38,21 @@ def result_path(run_dir: str, phase: str, share: float) -> Path:
 def main(child: Child) -> None:
     spec = child.spec
     assert spec.layout is not None
-    assert spec.phase is not None
+    assert spec.lane is not None
     assert spec.share is not None
-    grant = take_share(spec.platform, spec.share, spec.phase, spec.extra)
+    grant = take_share(spec.platform, spec.share, spec.lane, spec.extra)
     with _alone(spec.run_dir):
         from semipd_jax.worker import setup
 
         setup.start_jax(spec.platform, spec.config)
         runner, compiles = setup.build_runner(
-            child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S, largest_only=True
+            child, spec.layout, spec.lane, map_timeout_s=_MAP_TIMEOUT_S, largest_only=True
         )
         scheduler = Scheduler(_limits(spec.config, spec.layout))
-        time_steps = _decode if spec.phase == "decode" else _prefill
+        time_steps = _decode if spec.lane == "decode" else _prefill
         step_s, work = time_steps(scheduler, spec.config, runner)
         found = {
-            "phase": spec.phase,
+            "phase": spec.lane,
             "share": spec.share,
             "grant": grant.verify(),
             "step_s": step_s,
@@ -61,7 +61,7 @@ def main(child: Child) -> None:
             "kv_bytes_per_token": spec.layout.kv_bytes
             // (spec.layout.num_pages * spec.layout.page_size),
         }
-    result_path(spec.run_dir, spec.phase, spec.share).write_text(json.dumps(found))
+    result_path(spec.run_dir, spec.lane, spec.share).write_text(json.dumps(found))
     child.ready()
     while not child.stopping.is_set():
         child.wait(1.0)

@@ -12,13 +12,13 @@ import msgspec
 
 from semipd_jax.compile.described import Compiled, Job
 from semipd_jax.errors import StartupError
-from semipd_jax.messages import MemoryLayout, Progress
+from semipd_jax.messages import Progress
 from semipd_jax.models import module
 from semipd_jax.models.checkpoint import open_checkpoint
 from semipd_jax.models.registry import load_spec
 from semipd_jax.models.spec import ModelSpec
 from semipd_jax.owner.plan import MemoryPlan, activation_bytes, plan_memory
-from semipd_jax.runtime.buckets import Bucket, decode_buckets, prefill_buckets
+from semipd_jax.runtime.buckets import Kind, StepBucket, lane_buckets
 from semipd_jax.runtime.compile import compile_step
 from semipd_jax.runtime.described_gpu import DescribedGpu
 from semipd_jax.runtime.state import SharedState
@@ -34,20 +34,21 @@ def main(job: Job) -> None:
     gpu = DescribedGpu(job.gpu, num_sms=num_sms)
     spec = load_spec(job.config.model.path)
     plan = _plan(job, spec, whole.memory_bytes)
-    buckets = _buckets(job, plan.layout)
-    _say(Progress(stage="compile", done=0, total=len(buckets)))
-    for bucket in buckets:
+    buckets = lane_buckets(job.lane, plan.layout, job.config.scheduler)
+    programs = [(kind, bucket) for kind, some in buckets.items() for bucket in some]
+    _say(Progress(stage="compile", done=0, total=len(programs)))
+    for kind, bucket in programs:
         started_s = time.monotonic()
         temp_bytes, problem = 0, None
         try:
-            compiled = _compile(job, spec, plan, bucket, gpu)
+            compiled = _compile(kind, bucket, spec, plan, gpu)
             if (memory := compiled.memory_analysis()) is not None:
                 temp_bytes = memory.temp_size_in_bytes
         except (jax.errors.JaxRuntimeError, SharingError) as error:
             problem = str(error)
         _say(
             Compiled(
-                phase=job.phase,
+                lane=job.lane,
                 share=job.share,
                 num_sms=num_sms,
                 num_tokens=bucket.num_tokens,
@@ -64,7 +65,7 @@ def _plan(job: Job, spec: ModelSpec, memory_bytes: int) -> MemoryPlan:
     config, cuda = job.config, backend("cuda")
     each = CONTEXT_BYTES + activation_bytes(spec, config)
     usable = int(memory_bytes * config.cache.gpu_memory_utilization)
-    available = usable - config.shares.max_num_workers * each
+    available = usable - config.max_num_workers * each
     checkpoint = open_checkpoint(config.model.path, spec, "dummy", 0)
     return plan_memory(
         spec,
@@ -76,22 +77,15 @@ def _plan(job: Job, spec: ModelSpec, memory_bytes: int) -> MemoryPlan:
     )
 
 
-def _buckets(job: Job, layout: MemoryLayout) -> tuple[Bucket, ...]:
-    limits = job.config.scheduler
-    if job.phase == "decode":
-        return decode_buckets(layout, limits.max_num_seqs)
-    return prefill_buckets(layout, limits.max_num_seqs, limits.max_num_batched_tokens)
-
-
 def _compile(
-    job: Job, spec: ModelSpec, plan: MemoryPlan, bucket: Bucket, gpu: DescribedGpu
+    kind: Kind, bucket: StepBucket, spec: ModelSpec, plan: MemoryPlan, gpu: DescribedGpu
 ) -> jax.stages.Compiled:
     graphdef, params = module.abstract_params(spec, plan.layout.dtype)
     state = module.nest(_abstract(plan.state))
     layers = [state["layers"][i] for i in range(spec.num_layers)]
     arguments = gpu.place(params), gpu.place(SharedState(layers=layers, tokens=state["tokens"]))
     with gpu.tracing():
-        return compile_step(job.phase, graphdef, *arguments, bucket, "cuda")
+        return compile_step(kind, graphdef, *arguments, bucket, "cuda")
 
 
 def _abstract(region: Region) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,14 +15,13 @@ from typing import Any, Final, Literal, get_args
 
 import msgspec
 
-from semipd_jax.config import EngineConfig
+from semipd_jax.config import LANES, EngineConfig, Lane
 from semipd_jax.errors import StartupError
-from semipd_jax.messages import Line, Phase, Progress
+from semipd_jax.messages import Line, Progress
 
 type Gpu = Literal["h100", "h200", "a100"]
 
 GPUS: Final[tuple[Gpu, ...]] = get_args(Gpu.__value__)
-_PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 _TIMEOUT_S: Final = 3600.0
 
 LIMITS: Final = """\
@@ -41,12 +40,12 @@ class Job(msgspec.Struct, frozen=True):
 
     config: EngineConfig
     gpu: Gpu
-    phase: Phase
+    lane: Lane
     share: float
 
     @property
     def name(self) -> str:
-        return f"{self.phase} {self.share:.2f}"
+        return f"{self.lane} {self.share:.2f}"
 
 
 class Compiled(Line, frozen=True):
@@ -57,7 +56,7 @@ class Compiled(Line, frozen=True):
       problem: why there is no program; else None.
     """
 
-    phase: Phase
+    lane: Lane
     share: float
     num_sms: int
     num_tokens: int
@@ -67,7 +66,7 @@ class Compiled(Line, frozen=True):
     problem: str | None = None
 
     def __str__(self) -> str:
-        what = f"{self.phase} at {self.share:g} ({self.num_sms} SMs)"
+        what = f"{self.lane} at {self.share:g} ({self.num_sms} SMs)"
         size = f"{self.num_tokens} tokens in {self.num_rows} rows"
         found = self.problem or f"{self.temp_bytes / 2**20:.1f} MiB of temporaries"
         return f"{what}, {size}: {self.seconds:.1f} s, {found}"
@@ -79,7 +78,7 @@ _decoder = msgspec.json.Decoder[Any](Progress | Compiled)
 def compile_all(
     config: EngineConfig, gpu: Gpu, *, jobs: int, show: Callable[[str, Progress], object]
 ) -> list[Compiled]:
-    """Every bucket of both phases at every rung, `jobs` workers' at once.
+    """Every bucket of every lane at every rung, `jobs` workers' at once.
 
     Args:
       show: called with (worker, progress) while it goes on, from several threads.
@@ -88,7 +87,9 @@ def compile_all(
       StartupError: a compiler ended the process, or the packages of the extra `aot` are missing.
     """
     work = [
-        Job(config, gpu, phase, share) for phase in _PHASES for share in config.shares.rungs(phase)
+        Job(config, gpu, lane, share)
+        for lane in LANES[config.mode]
+        for share in config.shares.rungs(lane)
     ]
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(lambda job: _in_child(job, show), work)

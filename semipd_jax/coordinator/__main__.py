@@ -3,11 +3,12 @@
 import logging
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from semipd_jax.child import Child, run_child
-from semipd_jax.config import ModelConfig
+from semipd_jax.config import LANES, EngineConfig, ModelConfig
 from semipd_jax.coordinator.coordinator import Coordinator
+from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.coordinator.structured import GrammarThreads
 from semipd_jax.coordinator.tuned import TunedShares
 from semipd_jax.errors import StartupError
@@ -51,21 +52,12 @@ def main(child: Child) -> None:
     workers = Hub[FromWorker, ToWorker](spec.run_dir, WORKERS, FromWorker)
     clients = Hub[ToCoordinator, FromCoordinator](spec.run_dir, CLIENTS, ToCoordinator)
     scheduler = Scheduler(limits)
-    tuning = spec.config.tuner
-    shares = TunedShares(
-        spec.config.shares,
-        tuner_factory(spec.config),
-        scheduler,
-        time.monotonic,
-        policy=tuning.policy,
-        targets=targets_of(tuning),
-    )
     grammars = _grammars(spec.config.model, layout)
     coordinator = Coordinator(
         scheduler,
         workers,
         clients,
-        shares,
+        _share_control(spec.config, scheduler),
         step_timeout_s=spec.config.timeouts.step_s,
         tell_launcher=child.send,
         grammars=grammars,
@@ -80,10 +72,10 @@ def main(child: Child) -> None:
         poller.wait(_TICK_S)
         for command in child.receive():
             match command:
-                case WorkerLost(worker_id=worker_id, phase=phase):
-                    coordinator.worker_lost(phase, worker_id)
-                case ShareUnavailable(phase=phase, share=share):
-                    coordinator.share_unavailable(phase, share)
+                case WorkerLost(worker_id=worker_id, lane=lane):
+                    coordinator.worker_lost(lane, worker_id)
+                case ShareUnavailable(lane=lane, share=share):
+                    coordinator.share_unavailable(lane, share)
                 case _:
                     pass
         for _, message in workers.receive():
@@ -106,6 +98,20 @@ def _grammars(model: ModelConfig, layout: MemoryLayout) -> GrammarThreads | None
     except (OSError, ValueError) as error:
         _log.warning("no structured outputs with this tokenizer: %s", error)
         return None
+
+
+def _share_control(config: EngineConfig, scheduler: Scheduler) -> ShareControl[Any]:
+    targets = targets_of(config.tuner)
+    if config.mode != "semi-pd":
+        return ShareControl(config.shares, LANES[config.mode], targets)
+    return TunedShares(
+        config.shares,
+        tuner_factory(config),
+        scheduler,
+        time.monotonic,
+        policy=config.tuner.policy,
+        targets=targets,
+    )
 
 
 if __name__ == "__main__":

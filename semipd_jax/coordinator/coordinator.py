@@ -1,6 +1,6 @@
 """Receive → update → plan → send: one loop over one scheduler.
 
-Each phase has up to `DEPTH` steps in flight: the next one waits at the worker while the last one
+Each lane has up to `DEPTH` steps in flight: the next one waits at the worker while the last one
 runs, so the hop to this process costs nothing in the steady state. A step that was sent is sent
 again, unchanged, when its worker is lost: it writes the same tokens to the same places.
 """
@@ -10,25 +10,22 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol, runtime_checkable
 
-from semipd_jax.config import SharePolicy
+from semipd_jax.config import Lane, Phase, SharePolicy
 from semipd_jax.coordinator.outbox import outputs
 from semipd_jax.coordinator.report import Counts, partition_of, stats_of
 from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.coordinator.structured import Compiled, Masked, MaskMaker
-from semipd_jax.coordinator.workers import PhaseWorkers
+from semipd_jax.coordinator.workers import LaneWorkers
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import (
     Abort,
     Admitted,
-    DecodeStep,
     Done,
     FromCoordinator,
     FromWorker,
     GetStats,
     Outputs,
     PartitionReply,
-    Phase,
-    PrefillStep,
     Refused,
     RetireWorker,
     SetPartition,
@@ -43,6 +40,7 @@ from semipd_jax.messages import (
     WorkerReady,
 )
 from semipd_jax.request import Request, Timings
+from semipd_jax.scheduler.lanes import next_step
 from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
 from semipd_jax.scheduler.state import Constraint
 from semipd_jax.tuner.slo import SloTarget, SloTargets
@@ -50,8 +48,6 @@ from semipd_jax.tuner.slo import SloTarget, SloTargets
 DEPTH: Final = 2
 _MASK_WAIT_S: Final = 0.001
 """The loop waits so long for masks, so that their rows take part in the very next step."""
-_OTHER: Final[dict[Phase, Phase]] = {"decode": "prefill", "prefill": "decode"}
-"""In the order of planning: decode may preempt requests for pages, what it leaves is prefill's."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +63,7 @@ class Coordinator:
     """Takes messages, returns nothing, sends what follows from them.
 
     Args:
-      shares: at which share each phase should run.
+      shares: at which share each lane should run, and which lanes there are.
       tell_launcher: told of a worker that holds a step for longer than `step_timeout_s`, and which
         workers beside those of the ladder are wanted.
       grammars: None if the model's tokenizer does not allow structured outputs.
@@ -79,7 +75,7 @@ class Coordinator:
         scheduler: Scheduler,
         workers: Sender[ToWorker],
         clients: Sender[FromCoordinator],
-        shares: ShareControl,
+        shares: ShareControl[Any],
         *,
         step_timeout_s: float,
         tell_launcher: Callable[[ToLauncher], None],
@@ -95,7 +91,7 @@ class Coordinator:
         self._grammars = grammars
         self._compiling: dict[tuple[str, int], float] = {}  # request → arrival
         self._clock = clock
-        self._phases: dict[Phase, PhaseWorkers] = {phase: PhaseWorkers(phase) for phase in _OTHER}
+        self._lanes: dict[Lane, LaneWorkers] = {lane: LaneWorkers(lane) for lane in shares.asked}
         self._counts = Counts()
 
     # ------------------------------------------------------------ receive
@@ -122,7 +118,7 @@ class Coordinator:
                 self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
                 self._send_steps()  # a row and pages may have come free
             case GetStats(query_id=query_id):
-                partition = partition_of(self._shares, self._phases, now)
+                partition = partition_of(self._shares, self._lanes, now)
                 args = (query_id, self._counts, partition, self._scheduler, self._shares, now)
                 self._to_client(client, stats_of(*args))
             case SetPartition() | SetSlo():
@@ -137,22 +133,22 @@ class Coordinator:
             self._send_steps()
             self._deliver(result)
 
-    def worker_lost(self, phase: Phase, worker_id: str) -> None:
+    def worker_lost(self, lane: Lane, worker_id: str) -> None:
         """The process is gone for good, and a replacement is being started."""
-        self._counts.num_restarts[phase] += 1
-        if worker_id in self._phases[phase].shares:
-            self._remove(self._phases[phase], worker_id)
+        self._counts.num_restarts[lane] += 1
+        if worker_id in self._lanes[lane].shares:
+            self._remove(self._lanes[lane], worker_id)
 
-    def share_unavailable(self, phase: Phase, share: float) -> None:
-        """No worker could be started at this share: the phase stays at the one it has."""
-        if self._shares.asked[phase] == share:
-            self._shares.asked[phase] = self._phases[phase].share or max(self._shares.rungs[phase])
-            _log.warning("%s stays at share %.2f", phase, self._shares.asked[phase])
+    def share_unavailable(self, lane: Lane, share: float) -> None:
+        """No worker could be started at this share: the lane stays at the one it has."""
+        if self._shares.asked[lane] == share:
+            self._shares.asked[lane] = self._lanes[lane].share or max(self._shares.rungs[lane])
+            _log.warning("%s stays at share %.2f", lane, self._shares.asked[lane])
 
     def watch(self) -> None:
         """Reports workers that hold a step for too long. Call it every now and then."""
         now = self._clock()
-        for workers in self._phases.values():
+        for workers in self._lanes.values():
             since = workers.running_since_s
             if workers.holder and since is not None and now - since > self._step_timeout_s:
                 workers.running_since_s = now  # once per timeout
@@ -161,7 +157,7 @@ class Coordinator:
     # ------------------------------------------------------------ update
 
     def _worker_ready(self, message: WorkerReady) -> None:
-        workers = self._phases[message.phase]
+        workers = self._lanes[message.lane]
         if (replaced := workers.at(message.share)) is not None:
             self._remove(workers, replaced)
         workers.shares[message.worker_id] = message.share
@@ -172,12 +168,11 @@ class Coordinator:
     def _step_done(self, reply: StepDone) -> None:
         started = time.perf_counter()
         now = self._clock()
-        phase = next((p for p in self._phases.values() if p.holder == reply.worker_id), None)
-        if phase is None or not phase.answered(reply.worker_id, reply.step_id, now):
+        workers = next((w for w in self._lanes.values() if w.holder == reply.worker_id), None)
+        if workers is None or not workers.answered(reply.worker_id, reply.step_id, now):
             return  # from a worker that was given up meanwhile
-        self._counts.num_steps[phase.phase] += 1
         self._counts.num_compiles[reply.worker_id] = reply.num_compiles
-        self._shares.step_done(phase.phase, reply.device_s)
+        self._shares.step_done(workers.lane, reply.device_s)
         result = self._scheduler.step_done(reply, now_s=now)
         if result.unmasked and self._grammars is not None:
             for token in result.unmasked:
@@ -185,15 +180,15 @@ class Coordinator:
             self._apply(self._grammars.take(_MASK_WAIT_S), result)
         self._send_steps()
         self._deliver(result)
-        self._retire_spare(phase)
+        self._retire_spare(workers)
         self._counts.plan_times.add(time.perf_counter() - started)
 
-    def _remove(self, workers: PhaseWorkers, worker_id: str) -> None:
+    def _remove(self, workers: LaneWorkers, worker_id: str) -> None:
         """Takes back the steps of a worker that was lost."""
         step_ids = workers.remove(worker_id)
         _log.warning("%s was lost with %d steps in flight", worker_id, len(step_ids))
         if step_ids:
-            self._shares.steps_lost(workers.phase)
+            self._shares.steps_lost(workers.lane)
             self._deliver(self._scheduler.worker_lost(step_ids, now_s=self._clock()))
         self._send_steps()
 
@@ -253,16 +248,16 @@ class Coordinator:
     # ------------------------------------------------------------ shares
 
     def _ask_for(self, phase: Phase, share: float) -> None:
-        workers = self._phases[phase]
+        workers = self._lanes[phase]
         self._shares.asked[phase] = share
         if workers.at(share) is None and share not in self._shares.rungs[phase]:
-            self._tell_launcher(StartWorker(phase=phase, share=share))
+            self._tell_launcher(StartWorker(lane=phase, share=share))
         self._send_steps()
         self._retire_spare(workers)
 
-    def _retire_spare(self, workers: PhaseWorkers) -> None:
+    def _retire_spare(self, workers: LaneWorkers) -> None:
         """Lets go of workers beside the ladder that are no longer asked for."""
-        kept = self._shares.rungs[workers.phase] | {self._shares.asked[workers.phase]}
+        kept = self._shares.rungs[workers.lane] | {self._shares.asked[workers.lane]}
         for worker_id in workers.spare(kept):
             workers.remove(worker_id)
             self._tell_launcher(RetireWorker(worker_id=worker_id))
@@ -270,6 +265,8 @@ class Coordinator:
     def _set_partition(self, message: SetPartition) -> None:
         given = (message.prefill, message.decode) != (None, None)
         policy: SharePolicy | None = "static" if given else message.policy
+        if given and not {"prefill", "decode"} <= self._lanes.keys():
+            raise ConfigError("a mode with one worker for both phases has no shares")
         if policy is not None:
             self._shares.set_policy(policy, self._shares.targets)
         if message.prefill is not None:
@@ -287,32 +284,27 @@ class Coordinator:
                 self._shares.set_policy(self._shares.policy, targets)
         except ConfigError as refusal:
             error = str(refusal)
-        partition = partition_of(self._shares, self._phases, self._clock())
+        partition = partition_of(self._shares, self._lanes, self._clock())
         self._to_client(client, PartitionReply(change.query_id, partition, error))
 
     # ------------------------------------------------------------ plan and send
 
     def _send_steps(self) -> None:
-        """Fills both phases' queues."""
-        for phase in _OTHER:
-            workers, other = self._phases[phase], self._phases[_OTHER[phase]]
+        """Fills the queues of all lanes."""
+        for lane, workers in self._lanes.items():
             if len(workers.step_ids) < DEPTH:
-                workers.wanted = self._shares.wanted(phase, is_alone=not other.step_ids)
+                is_alone = not any(w.step_ids for w in self._lanes.values() if w is not workers)
+                workers.wanted = self._shares.wanted(lane, is_alone=is_alone)
             while (worker_id := workers.next_worker(DEPTH)) is not None:
-                planned = self._plan(phase)
+                planned = next_step(self._scheduler, lane, now_s=self._clock())
                 if planned is None:
                     break
                 workers.sent(worker_id, planned.step.step_id, self._clock())
-                self._shares.step_sent(phase, planned.step, workers.shares[worker_id])
+                self._shares.step_sent(lane, planned.step, workers.shares[worker_id])
                 if not self._workers.send(worker_id, planned.step):
                     # It is about to be reported lost, and the step is taken back then.
                     _log.warning("%s cannot be reached", worker_id)
                 self._announce(planned)
-
-    def _plan(self, phase: Phase) -> Sent[PrefillStep] | Sent[DecodeStep] | None:
-        if phase == "prefill":
-            return self._scheduler.next_prefill(now_s=self._clock())
-        return self._scheduler.next_decode()
 
     def _announce(self, planned: Sent[Any]) -> None:
         for request in planned.admitted:

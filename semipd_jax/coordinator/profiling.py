@@ -15,7 +15,7 @@ from typing import Final, Protocol, runtime_checkable
 import msgspec
 
 from semipd_jax.child import Child, run_child
-from semipd_jax.config import EngineConfig
+from semipd_jax.config import EngineConfig, Lane
 from semipd_jax.coordinator.coordinator import DEPTH
 from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.trials import Trial, step_of, trials
@@ -76,7 +76,7 @@ class Bench:
         self._receive = receive
         self._timeout_s = timeout_s
         self._clock = clock
-        self._ids: dict[tuple[Phase, float], str] = {}
+        self._ids: dict[tuple[Lane, float], str] = {}
         self._next_id = 1
 
     def await_workers(self, wanted: set[tuple[Phase, float]]) -> None:
@@ -109,7 +109,7 @@ class Bench:
 
     def _note(self, message: FromWorker) -> None:
         if isinstance(message, WorkerReady):
-            self._ids[message.phase, message.share] = message.worker_id
+            self._ids[message.lane, message.share] = message.worker_id
 
     def _until(
         self, is_over: Callable[[], bool], what: str, take: Callable[[FromWorker], None]

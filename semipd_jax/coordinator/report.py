@@ -1,12 +1,15 @@
 """What clients are told about the engine when they ask."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from semipd_jax.config import Lane, Phase
 from semipd_jax.coordinator.attainment import Attainment
 from semipd_jax.coordinator.shares import ShareControl
-from semipd_jax.coordinator.workers import PhaseWorkers
-from semipd_jax.messages import Partition, Phase, PhaseShares, PredictionError, Slo, Stats
+from semipd_jax.coordinator.workers import LaneWorkers
+from semipd_jax.messages import Partition, PhaseShares, PredictionError, Slo, Stats
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.tuner.slo import SloTargets
 
@@ -25,10 +28,6 @@ class PlanTimes:
         self.max_s = max(self.max_s, seconds)
 
 
-def _zeros() -> dict[Phase, int]:
-    return {"prefill": 0, "decode": 0}
-
-
 @dataclass(slots=True)
 class Counts:
     """
@@ -36,8 +35,7 @@ class Counts:
       num_compiles: worker → programs it compiled after its warm-up.
     """
 
-    num_steps: dict[Phase, int] = field(default_factory=_zeros)
-    num_restarts: dict[Phase, int] = field(default_factory=_zeros)
+    num_restarts: Counter[Lane] = field(default_factory=Counter[Lane])
     num_compiles: dict[str, int] = field(default_factory=dict[str, int])
     num_output_tokens: int = 0
     plan_times: PlanTimes = field(default_factory=PlanTimes)
@@ -45,12 +43,12 @@ class Counts:
 
 
 def partition_of(
-    shares: ShareControl, phases: Mapping[Phase, PhaseWorkers], now_s: float
+    shares: ShareControl[Any], lanes: Mapping[Lane, LaneWorkers], now_s: float
 ) -> Partition:
     def of(phase: Phase) -> PhaseShares:
-        workers = phases[phase]
+        workers = lanes[_lane_of(phase, lanes)]
         return PhaseShares(
-            asked=shares.asked[phase],
+            asked=shares.asked[workers.lane],
             current=workers.share,
             warm=tuple(sorted(workers.shares.values())),
             num_switches=workers.num_switches,
@@ -71,7 +69,7 @@ def stats_of(
     counts: Counts,
     partition: Partition,
     scheduler: Scheduler,
-    shares: ShareControl,
+    shares: ShareControl[Any],
     now_s: float,
 ) -> Stats:
     state, times = scheduler.state, counts.plan_times
@@ -88,10 +86,10 @@ def stats_of(
         num_cached_pages=state.pages.num_sealed,
         num_idle_cached_pages=state.pages.num_unused,
         num_preemptions=scheduler.num_preemptions,
-        num_prefill_steps=counts.num_steps["prefill"],
-        num_decode_steps=counts.num_steps["decode"],
-        num_prefill_restarts=counts.num_restarts["prefill"],
-        num_decode_restarts=counts.num_restarts["decode"],
+        num_prefill_steps=scheduler.num_steps["prefill"],
+        num_decode_steps=scheduler.num_steps["decode"],
+        num_prefill_restarts=counts.num_restarts[_lane_of("prefill", shares.asked)],
+        num_decode_restarts=counts.num_restarts[_lane_of("decode", shares.asked)],
         num_compiles=sum(counts.num_compiles.values()),
         max_plan_s=times.max_s,
         mean_plan_s=times.total_s / max(times.count, 1),
@@ -103,6 +101,11 @@ def stats_of(
         prefill_error=errors["prefill"],
         decode_error=errors["decode"],
     )
+
+
+def _lane_of(phase: Phase, lanes: Collection[Lane]) -> Lane:
+    """The phase's own, or the only one."""
+    return phase if phase in lanes else next(iter(lanes))
 
 
 def _slos(targets: SloTargets) -> tuple[Slo, ...]:

@@ -9,10 +9,10 @@ from typing import Final
 
 import msgspec
 
-from semipd_jax.config import ShareConfig, SharePolicy
+from semipd_jax.config import PHASES, Phase, ShareConfig, SharePolicy
 from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.shares import ShareControl
-from semipd_jax.messages import OTHER_PHASE, Choice, DecodeStep, Phase, PrefillStep
+from semipd_jax.messages import OTHER_PHASE, Choice, MixedStep, ToWorker
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import SchedulerState, pages_for
 from semipd_jax.tuner.latency import Sample
@@ -43,7 +43,7 @@ class _Decided:
     now_s: float
 
 
-class TunedShares(ShareControl):
+class TunedShares(ShareControl[Phase]):
     """
     Args:
       config: the ladder, and the shares to begin with.
@@ -61,7 +61,7 @@ class TunedShares(ShareControl):
         policy: SharePolicy = "static",
         targets: SloTargets | None = None,
     ) -> None:
-        super().__init__(config, targets)
+        super().__init__(config, PHASES, targets)
         self._tuner_of = tuner_of
         self._scheduler = scheduler
         self._clock = clock
@@ -100,7 +100,7 @@ class TunedShares(ShareControl):
 
     # ------------------------------------------------------------ before a step
 
-    def wanted(self, phase: Phase, *, is_alone: bool) -> float:
+    def wanted(self, phase: Phase, /, *, is_alone: bool) -> float:
         if self._tuner is None:
             return super().wanted(phase, is_alone=is_alone)
         state = self._scheduler.state
@@ -154,13 +154,14 @@ class TunedShares(ShareControl):
 
     # ------------------------------------------------------------ after a step
 
-    def step_sent(self, phase: Phase, step: PrefillStep | DecodeStep, share: float) -> None:
+    def step_sent(self, phase: Phase, /, step: ToWorker, share: float) -> None:
+        assert not isinstance(step, MixedStep), "a phase's steps are its own"
         steps = self._in_flight[phase]
         steps.append(_InFlight(work_of(step), share))
         if len(steps) == 1:
             self._overlaps.began(phase, share, self._clock())
 
-    def step_done(self, phase: Phase, device_s: float) -> None:
+    def step_done(self, phase: Phase, /, device_s: float) -> None:
         steps, now_s = self._in_flight[phase], self._clock()
         done = steps.popleft()
         conditions = self._overlaps.ended(phase, now_s)
@@ -169,7 +170,7 @@ class TunedShares(ShareControl):
         if self._tuner is not None and device_s > 0:
             self._tuner.step_done(Sample(done.work, conditions, device_s))
 
-    def steps_lost(self, phase: Phase) -> None:
+    def steps_lost(self, phase: Phase, /) -> None:
         self._in_flight[phase].clear()
         self._overlaps.lost(phase, self._clock())
 

@@ -1,14 +1,14 @@
-"""A phase's workers, which of them gets the next step, and the steps in flight."""
+"""A lane's workers, which of them gets the next step, and the steps in flight."""
 
 from collections import deque
 from dataclasses import dataclass, field
 
-from semipd_jax.messages import Phase
+from semipd_jax.config import Lane
 
 
 @dataclass(slots=True)
-class PhaseWorkers:
-    """One phase's ready workers, each at its own share, and the steps in flight, oldest first.
+class LaneWorkers:
+    """One lane's ready workers, each at its own share, and the steps in flight, oldest first.
 
     Only one worker holds steps at a time: a step reads what the one before it wrote, and only
     within one worker does the device keep their order. So a move to another share waits for the
@@ -22,7 +22,7 @@ class PhaseWorkers:
       num_switches: steps that went to another worker than the one before, both being there.
     """
 
-    phase: Phase
+    lane: Lane
     wanted: float = 1.0
     shares: dict[str, float] = field(default_factory=dict[str, float])
     holder: str | None = None

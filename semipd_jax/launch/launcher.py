@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from semipd_jax import errors
-from semipd_jax.config import EngineConfig
+from semipd_jax.config import LANES, EngineConfig, Lane
 from semipd_jax.errors import EngineError, StartupError, UnavailableError
 from semipd_jax.launch import device
 from semipd_jax.launch.device import Chosen
@@ -34,7 +34,6 @@ from semipd_jax.messages import (
     Failed,
     FromChild,
     MemoryLayout,
-    Phase,
     Progress,
     Ready,
     RetireWorker,
@@ -60,7 +59,6 @@ than a child's own grace period: one that ends with work on a GPU could harm oth
 
 _TICK_S: Final = 1.0
 _STOP_S: Final = 12.0  # a little more than a child's own grace period
-_PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ class _WorkerSlot:
       num_failed_starts: replacements in a row that ended themselves before they were ready.
     """
 
-    phase: Phase
+    lane: Lane
     share: float
     is_extra: bool = False
     process: Process | None = None
@@ -105,7 +103,7 @@ class _WorkerSlot:
 
     @property
     def name(self) -> str:
-        return f"{self.phase} worker {self.share:.2f}"
+        return f"{self.lane} worker {self.share:.2f}"
 
 
 class Launcher:
@@ -137,7 +135,9 @@ class Launcher:
         self._events: Events = queue.SimpleQueue()
         self._processes: list[Process] = []
         self._slots = [
-            _WorkerSlot(phase, share) for phase in _PHASES for share in config.shares.rungs(phase)
+            _WorkerSlot(lane, share)
+            for lane in LANES[config.mode]
+            for share in config.shares.rungs(lane)
         ]
         self._front_end: Process | None = None
         self._owner: Process | None = None
@@ -274,8 +274,8 @@ class Launcher:
                 self._coordinator_heard_s = time.monotonic()
             case Stalled(worker_id=worker_id):
                 self._replace_stalled(worker_id)
-            case StartWorker(phase=phase, share=share):
-                self._add_worker(phase, share)
+            case StartWorker(lane=lane, share=share):
+                self._add_worker(lane, share)
             case RetireWorker(worker_id=worker_id):
                 self._retire_worker(worker_id)
             case Exited(status=status):
@@ -290,8 +290,8 @@ class Launcher:
             self._layout = message.layout
             spec = self._spec("coordinator")
             self._coordinator = self._spawn(self._modules.coordinator, spec)
-            for phase in _PHASES:
-                self._start_next(phase)
+            for lane in LANES[self._config.mode]:
+                self._start_next(lane)
         elif process is self._coordinator:
             self._coordinator_ready = True
             self._coordinator_heard_s = time.monotonic()
@@ -300,7 +300,7 @@ class Launcher:
             slot.private_bytes = message.private_bytes
             slot.down_since_s = None
             slot.num_failed_starts = 0
-            self._start_next(slot.phase)
+            self._start_next(slot.lane)
         if not self._started.is_set() and not self._not_ready():
             assert self._layout is not None
             if self._front_end is not None:
@@ -352,11 +352,11 @@ class Launcher:
 
     def _start_worker(self, slot: _WorkerSlot) -> None:
         self._progress.pop(slot.name, None)
-        slot.worker_id = f"{slot.phase}-{slot.share:.2f}-{next(self._worker_numbers)}"
+        slot.worker_id = f"{slot.lane}-{slot.share:.2f}-{next(self._worker_numbers)}"
         slot.is_ready = False
         spec = self._spec(
             slot.name,
-            phase=slot.phase,
+            lane=slot.lane,
             share=slot.share,
             extra={
                 "worker_id": slot.worker_id,
@@ -371,7 +371,7 @@ class Launcher:
     ) -> None:
         _log.warning("%s", _failure(slot.name, status, words))
         assert self._coordinator is not None
-        self._coordinator.send(WorkerLost(worker_id=slot.worker_id, phase=slot.phase))
+        self._coordinator.send(WorkerLost(worker_id=slot.worker_id, lane=slot.lane))
         if slot.is_ready:
             slot.down_since_s = time.monotonic()
             if not is_asked and status != -signal.SIGKILL:
@@ -380,9 +380,9 @@ class Launcher:
             slot.num_failed_starts += 1
         if slot.num_failed_starts and slot.is_extra:
             self._slots.remove(slot)
-            self._coordinator.send(ShareUnavailable(phase=slot.phase, share=slot.share))
+            self._coordinator.send(ShareUnavailable(lane=slot.lane, share=slot.share))
         elif slot.num_failed_starts >= MAX_FAILED_STARTS:
-            name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.phase} worker"
+            name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.lane} worker"
             self._end(_failure(name, status, words))
         else:
             self._fallen.append(slot)
@@ -419,7 +419,7 @@ class Launcher:
             self._coordinator.kill()
 
     def _check_outages(self) -> None:
-        """Ends the engine if a phase has been without a worker for longer than a start may take."""
+        """Ends the engine if a lane has been without a worker for longer than a start may take."""
         limit_s = self._config.timeouts.startup_s
         for slot in self._slots:
             since = slot.down_since_s
@@ -430,7 +430,7 @@ class Launcher:
             ):
                 self._end(
                     EngineError(
-                        f"no {slot.phase} worker became ready in {limit_s:.0f} s (startup_s)"
+                        f"no {slot.lane} worker became ready in {limit_s:.0f} s (startup_s)"
                     )
                 )
 
@@ -441,20 +441,20 @@ class Launcher:
                 self._kill(slot.process)
 
     def _is_served(self, slot: _WorkerSlot) -> bool:
-        """Whether the worker is ready or, once the engine runs, another one of its phase is."""
+        """Whether the worker is ready or, once the engine runs, another one of its lane is."""
         others = self._slots if self._started.is_set() else ()
-        return slot.is_ready or any(s.is_ready for s in others if s.phase == slot.phase)
+        return slot.is_ready or any(s.is_ready for s in others if s.lane == slot.lane)
 
-    def _start_next(self, phase: Phase) -> None:
-        """Starts the phase's next worker that was never started: one after another, so that what
+    def _start_next(self, lane: Lane) -> None:
+        """Starts the lane's next worker that was never started: one after another, so that what
         one compiles is there for the next."""
-        waiting = [slot for slot in self._slots if slot.phase == phase and slot.process is None]
+        waiting = [slot for slot in self._slots if slot.lane == lane and slot.process is None]
         if waiting:
             self._start_worker(waiting[-1])
 
-    def _add_worker(self, phase: Phase, share: float) -> None:
-        if not any((slot.phase, slot.share) == (phase, share) for slot in self._slots):
-            slot = _WorkerSlot(phase, share, is_extra=True)
+    def _add_worker(self, lane: Lane, share: float) -> None:
+        if not any((slot.lane, slot.share) == (lane, share) for slot in self._slots):
+            slot = _WorkerSlot(lane, share, is_extra=True)
             self._slots.append(slot)
             self._start_worker(slot)
 
@@ -475,7 +475,7 @@ class Launcher:
         self,
         name: str,
         *,
-        phase: Phase | None = None,
+        lane: Lane | None = None,
         share: float | None = None,
         extra: Mapping[str, str] | None = None,
     ) -> ChildSpec:
@@ -485,7 +485,7 @@ class Launcher:
             config=self._config,
             platform=self._device.platform,
             layout=self._layout,
-            phase=phase,
+            lane=lane,
             share=share,
             extra=dict(extra or {}),
         )

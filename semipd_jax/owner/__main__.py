@@ -48,7 +48,7 @@ def _reserve_and_load(
     checkpoint = open_checkpoint(model.path, spec, model.load_format, model.seed)
     budget = memory.budget(
         config.cache.gpu_memory_utilization,
-        config.shares.max_num_workers,
+        config.max_num_workers,
         activation_bytes(spec, config),
     )
     plan = plan_memory(

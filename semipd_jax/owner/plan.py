@@ -92,10 +92,11 @@ def activation_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     The widest activation of a token is as wide as a weight, which may be fused of several.
     """
     limits = config.scheduler
+    num_tokens, num_rows = limits.max_num_batched_tokens, limits.max_num_seqs
+    if config.mode == "chunked":  # each part of a mixed step is padded to its own limit
+        num_tokens, num_rows = num_tokens + num_rows, 2 * num_rows
     dims = [dim for weight in spec.weights for dim in weight.shape if dim != spec.vocab_size]
-    per_token = limits.max_num_batched_tokens * max(dims, default=1)
-    per_row = limits.max_num_seqs * spec.vocab_size
-    return 4 * _LIVE_ACTIVATIONS * (per_token + per_row)
+    return 4 * _LIVE_ACTIVATIONS * (num_tokens * max(dims, default=1) + num_rows * spec.vocab_size)
 
 
 def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:

@@ -1,4 +1,4 @@
-"""Batches: what the two step functions read besides weights and shared state.
+"""Batches: what the step functions read besides weights and shared state.
 
 A step message becomes one vector of 32-bit words, one array of biases and a few of token masks, so
 that a step costs one upload (the biases and masks of a step that has none stay on the device).
@@ -10,10 +10,11 @@ beyond `cu_q_lens[-1]`.
 """
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate, chain
 from math import prod
-from typing import Final, no_type_check
+from typing import Any, Final, NamedTuple, no_type_check
 
 import flax.struct
 import jax.numpy as jnp
@@ -21,8 +22,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from semipd_jax.messages import ROW_SAMPLING, DecodeStep, LogitBias, PrefillStep, TokenMasks
-from semipd_jax.runtime.buckets import Bucket
+from semipd_jax.messages import (
+    ROW_SAMPLING,
+    DecodeStep,
+    LogitBias,
+    MixedStep,
+    PrefillStep,
+    TokenMasks,
+)
+from semipd_jax.runtime.buckets import Bucket, MixedBucket, StepBucket
 
 _SAMPLING_WORDS: Final = ROW_SAMPLING.itemsize // 4
 _NO_SAMPLING: Final = np.zeros(1, ROW_SAMPLING)
@@ -81,6 +89,13 @@ class DecodeBatch:
     rows: Int32[Array, " B"]
     page_table: Int32[Array, "B M"]
     sampling: Sampling
+
+
+class MixedBatch(NamedTuple):
+    """See `messages.MixedStep`."""
+
+    decode: DecodeBatch
+    prefill: PrefillBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +175,49 @@ def pack_decode(step: DecodeStep, bucket: Bucket) -> Int32[np.ndarray, " words"]
     )
 
 
+def pack_mixed(step: MixedStep, bucket: MixedBucket) -> Int32[np.ndarray, " words"]:
+    """Raises ValueError if the step does not fit into the bucket."""
+    return np.concatenate(
+        [pack_decode(step.decode, bucket.decode), pack_prefill(step.prefill, bucket.prefill)]
+    )
+
+
+def prefill_padding(bucket: Bucket) -> Int32[np.ndarray, " words"]:
+    """What a step without requests is packed to; so do the others."""
+    return prefill_packing(bucket).padding
+
+
+def decode_padding(bucket: Bucket) -> Int32[np.ndarray, " words"]:
+    return decode_packing(bucket).padding
+
+
+def mixed_padding(bucket: MixedBucket) -> Int32[np.ndarray, " words"]:
+    return np.concatenate([decode_padding(bucket.decode), prefill_padding(bucket.prefill)])
+
+
+def pack_biases(
+    biases: Sequence[LogitBias | None], bucket: StepBucket
+) -> Int32[np.ndarray, "B 2 W"]:
+    """Those of a step's parts, one after another. Raises ValueError if they do not fit."""
+    packed = [pack_bias(bias, part) for bias, part in zip(biases, bucket.parts, strict=True)]
+    return np.concatenate(packed)
+
+
+def pack_step_masks(
+    masks: Sequence[TokenMasks | None], bucket: StepBucket, none: Sequence[Sequence[Any]]
+) -> tuple[Any, ...]:
+    """All arrays of `Masks` of a step's parts: where they take none, those of `none`.
+
+    Args:
+      none: of each part `pack_masks(None, …)`, on the host or on the device.
+    """
+    arrays: list[Any] = []
+    for own, part, rest in zip(masks, bucket.parts, none, strict=True):
+        packed = [] if own is None else pack_masks(own, part)
+        arrays += [*packed, *rest[len(packed) :]]
+    return tuple(arrays)
+
+
 def pack_bias(bias: LogitBias | None, bucket: Bucket) -> Int32[np.ndarray, "B 2 W"]:
     """Token ids and the bits of the values. Raises ValueError if the biases do not fit."""
     packed = np.zeros((bucket.num_rows, 2, bucket.bias_width), np.int32)
@@ -218,6 +276,35 @@ def unpack_decode(
     parts = _unpack(decode_packing(bucket), packed)
     sampling = _sampling(parts.pop("sampling"), bias, parts.pop("mask_ids"), masks)
     return DecodeBatch(sampling=sampling, **parts)
+
+
+def unpack_mixed(
+    packed: Int32[Array, " words"], bias: Int32[Array, "B 2 W"], masks: Masks, bucket: MixedBucket
+) -> MixedBatch:
+    first, second = bucket.parts
+    words, rows, arrays = decode_padding(first).size, first.num_rows, len(mask_counts(first))
+    return MixedBatch(
+        decode=unpack_decode(packed[:words], bias[:rows], masks[:arrays], first),
+        prefill=unpack_prefill(packed[words:], bias[rows:], masks[arrays:], second),
+    )
+
+
+def join_sampling(parts: Sequence[Sampling]) -> Sampling:
+    """The rows and masks of several, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {
+        column.name: jnp.concatenate([getattr(part, column.name) for part in parts])
+        for column in fields(Sampling)
+        if column.name not in ("mask_ids", "masks")
+    }
+    masks = [part.masks for part in parts]
+    starts = accumulate((sum(map(len, arrays)) for arrays in masks), initial=0)
+    ids = [
+        jnp.where(part.mask_ids > 0, part.mask_ids + start, 0)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+    return Sampling(**columns, mask_ids=jnp.concatenate(ids), masks=tuple(chain(*masks)))
 
 
 def _lay_out(shapes: Mapping[str, tuple[int, ...]]) -> Packing:

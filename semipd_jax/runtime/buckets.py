@@ -4,14 +4,17 @@ Few buckets, because each is a program to compile, and most steps of an engine h
 shapes: a full chunk budget, a short prompt, a batch of any size that decodes.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
+from semipd_jax.config import Lane, SchedulerConfig
 from semipd_jax.messages import MemoryLayout
 from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _MIN_PREFILL_TOKENS: Final = 32
 _PREFILL_GROWTH: Final = 4
+_FEW_DECODE_ROWS: Final = 8
 _TOKENS_PER_REQUEST: Final = 16  # below this mean chunk length, requests fill a bucket first
 
 
@@ -33,8 +36,59 @@ class Bucket:
     bias_width: int
     mask_width: int
 
+    @property
+    def parts(self) -> tuple["Bucket", ...]:
+        return (self,)
+
     def holds(self, num_tokens: int, num_rows: int) -> bool:
         return num_tokens <= self.num_tokens and num_rows <= self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class MixedBucket:
+    """The padded shape of a mixed step: those of its two parts."""
+
+    decode: Bucket
+    prefill: Bucket
+
+    @property
+    def parts(self) -> tuple[Bucket, ...]:
+        """In the order of the step's rows and tokens."""
+        return self.decode, self.prefill
+
+    @property
+    def num_tokens(self) -> int:
+        return self.decode.num_tokens + self.prefill.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        return self.decode.num_rows + self.prefill.num_rows
+
+
+type StepBucket = Bucket | MixedBucket
+
+type Kind = Literal["prefill", "decode", "mixed"]
+"""Of a step."""
+
+_KINDS: Final[Mapping[Lane, tuple[Kind, ...]]] = {
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+    "colocated": ("prefill", "decode"),
+    "chunked": ("prefill", "decode", "mixed"),
+}
+
+
+def lane_buckets(
+    lane: Lane, layout: MemoryLayout, limits: SchedulerConfig
+) -> dict[Kind, tuple[StepBucket, ...]]:
+    """Those of every kind of step that workers of a lane run."""
+    seqs, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+    of_kind: dict[Kind, tuple[StepBucket, ...]] = {
+        "prefill": prefill_buckets(layout, seqs, tokens),
+        "decode": decode_buckets(layout, seqs),
+        "mixed": mixed_buckets(layout, seqs, tokens),
+    }
+    return {kind: of_kind[kind] for kind in _KINDS[lane]}
 
 
 def decode_buckets(layout: MemoryLayout, max_num_seqs: int) -> tuple[Bucket, ...]:
@@ -60,15 +114,35 @@ def prefill_buckets(
     )
 
 
-def choose(buckets: tuple[Bucket, ...], num_tokens: int, num_rows: int) -> Bucket:
-    """The smallest bucket that holds a step; raises ValueError if none does."""
+def mixed_buckets(
+    layout: MemoryLayout, max_num_seqs: int, max_num_batched_tokens: int
+) -> tuple[MixedBucket, ...]:
+    """Every prefill bucket with 8 and with `max_num_seqs` rows that decode, fewest tokens first:
+    padding rows cost little beside a chunk."""
+    sizes = sorted({min(_FEW_DECODE_ROWS, max_num_seqs), max_num_seqs})
+    buckets = [
+        MixedBucket(_bucket(layout, n, n), prefill)
+        for n in sizes
+        for prefill in prefill_buckets(layout, max_num_seqs, max_num_batched_tokens)
+    ]
+    return tuple(sorted(buckets, key=lambda bucket: bucket.num_tokens))
+
+
+def choose(buckets: Sequence[StepBucket], *sizes: tuple[int, int]) -> StepBucket:
+    """The smallest bucket that holds a step; raises ValueError if none does.
+
+    Args:
+      sizes: (tokens, rows) of each part of the step.
+    """
     for bucket in buckets:
-        if bucket.holds(num_tokens, num_rows):
+        if all(part.holds(*size) for part, size in zip(bucket.parts, sizes, strict=True)):
             return bucket
-    raise ValueError(
-        f"a step has {num_tokens} tokens in {num_rows} rows; allowed: at most "
-        f"{buckets[-1].num_tokens} tokens in {buckets[-1].num_rows} rows"
-    )
+    most = [(part.num_tokens, part.num_rows) for part in buckets[-1].parts]
+    raise ValueError(f"a step has {_in_words(sizes)}; allowed: at most {_in_words(most)}")
+
+
+def _in_words(sizes: Iterable[tuple[int, int]]) -> str:
+    return " and ".join(f"{tokens} tokens in {rows} rows" for tokens, rows in sizes)
 
 
 def _bucket(layout: MemoryLayout, num_tokens: int, num_rows: int) -> Bucket:

@@ -7,18 +7,18 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int32
 
 from semipd_jax.config import Platform
-from semipd_jax.messages import Phase
 from semipd_jax.models import module
 from semipd_jax.runtime import batch
-from semipd_jax.runtime.buckets import Bucket
+from semipd_jax.runtime.buckets import Kind, StepBucket
 from semipd_jax.runtime.guard import check_in_place
 from semipd_jax.runtime.sampling import StepOutput
 from semipd_jax.runtime.state import SharedState
-from semipd_jax.runtime.steps import decode_step, prefill_step
+from semipd_jax.runtime.steps import decode_step, mixed_step, prefill_step
 
 COMPILER_OPTIONS: Final[Mapping[Platform, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -42,35 +42,36 @@ _COMPILE_EVENT: Final = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True, slots=True)
 class StepKind:
-    """What the two phases have each their own of."""
+    """What the kinds of steps have each their own of."""
 
     step: Callable[[Any, SharedState, Any], tuple[StepOutput, SharedState]]
-    pack: Callable[[Any, Bucket], Any]
-    unpack: Callable[[Array, Array, batch.Masks, Bucket], Any]
-    packing: Callable[[Bucket], batch.Packing]
+    pack: Callable[[Any, Any], np.ndarray]
+    unpack: Callable[[Array, Array, batch.Masks, Any], Any]
+    padding: Callable[[Any], np.ndarray]
 
 
-STEP_KINDS: Final[Mapping[Phase, StepKind]] = MappingProxyType(
+STEP_KINDS: Final[Mapping[Kind, StepKind]] = MappingProxyType(
     {
         "prefill": StepKind(
-            prefill_step, batch.pack_prefill, batch.unpack_prefill, batch.prefill_packing
+            prefill_step, batch.pack_prefill, batch.unpack_prefill, batch.prefill_padding
         ),
         "decode": StepKind(
-            decode_step, batch.pack_decode, batch.unpack_decode, batch.decode_packing
+            decode_step, batch.pack_decode, batch.unpack_decode, batch.decode_padding
         ),
+        "mixed": StepKind(mixed_step, batch.pack_mixed, batch.unpack_mixed, batch.mixed_padding),
     }
 )
 
 
 def compile_step(
-    phase: Phase,
+    kind: Kind,
     graphdef: nnx.GraphDef,
     params: module.Params,
     state: SharedState,
-    bucket: Bucket,
+    bucket: StepBucket,
     platform: Platform,
 ) -> jax.stages.Compiled:
-    """The phase's step for one bucket: (parameter leaves, state, batch words, biases, masks) →
+    """The step of a kind for one bucket: (parameter leaves, state, batch words, biases, masks) →
     (output, state), with `state` donated.
 
     Raises SharingError if the program would not update `state` in place.
@@ -78,7 +79,8 @@ def compile_step(
     Args:
       params, state: trees of arrays or `jax.ShapeDtypeStruct`s.
     """
-    kind = STEP_KINDS[phase]
+    of_kind = STEP_KINDS[kind]
+    no_bias = batch.pack_biases([None] * len(bucket.parts), bucket)
     leaves, tree = jax.tree.flatten(params)
 
     def step(
@@ -89,18 +91,19 @@ def compile_step(
         masks: batch.Masks,
     ) -> tuple[StepOutput, SharedState]:
         model = module.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return kind.step(model, state, kind.unpack(packed, bias, masks, bucket))
+        return of_kind.step(model, state, of_kind.unpack(packed, bias, masks, bucket))
 
     compiled = (
         jax.jit(step, donate_argnames="state")
         .lower(
             leaves,
             state,
-            jax.ShapeDtypeStruct(kind.packing(bucket).padding.shape, jnp.int32),
-            jax.ShapeDtypeStruct((bucket.num_rows, 2, bucket.bias_width), jnp.int32),
+            jax.ShapeDtypeStruct(of_kind.padding(bucket).shape, jnp.int32),
+            jax.ShapeDtypeStruct(no_bias.shape, jnp.int32),
             tuple(
-                jax.ShapeDtypeStruct((count, bucket.mask_width), jnp.uint32)
-                for count in batch.mask_counts(bucket)
+                jax.ShapeDtypeStruct((count, part.mask_width), jnp.uint32)
+                for part in bucket.parts
+                for count in batch.mask_counts(part)
             ),
         )
         .compile(dict(COMPILER_OPTIONS[platform]))

@@ -1,24 +1,53 @@
-"""The two step functions: pure in form, shared state donated, written in place.
+"""The step functions: pure in form, shared state donated, written in place.
 
-Both run the model over a flat axis of tokens. Layer by layer the new keys and values go into their
-slots, then attention reads the pages. Only slots and positions that the batch names are written,
-and nothing reads an old value of a shared array after its update: either would make XLA copy the
-array and undo what other processes wrote meanwhile.
+All run the model over one flat axis of tokens: those of a batch, or of two. Layer by layer the new
+keys and values go into their slots, then attention reads the pages. Only slots and positions that
+the batch names are written, and nothing reads an old value of a shared array after its update:
+either would make XLA copy the array and undo what other processes wrote meanwhile.
 
 Running a step again gives the same state and the same tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas import kv_write, paged_decode_attention, paged_prefill_attention
-from semipd_jax.runtime.batch import DecodeBatch, PrefillBatch
+from semipd_jax.runtime.batch import (
+    DecodeBatch,
+    MixedBatch,
+    PrefillBatch,
+    Sampling,
+    join_sampling,
+)
 from semipd_jax.runtime.sampling import StepOutput, empty_output, sample
 from semipd_jax.runtime.state import LayerCache, SharedState
+
+
+class _Part(NamedTuple):
+    """A batch's part of the axis of tokens.
+
+    Attributes:
+      slots: where each token's keys and values go; -1 for padding.
+      attention: of the part's queries over the pages: (queries, layer, window) -> output.
+      last: hidden states of the part's tokens -> those that its rows may sample from.
+      samples: the rows that do; they choose `tokens[rows, context_lens]`.
+    """
+
+    token_ids: Int32[Array, " T"]
+    positions: Int32[Array, " T"]
+    slots: Int32[Array, " T"]
+    attention: Callable[[Array, LayerCache, int | None], Array]
+    last: Callable[[Array], Array]
+    rows: Int32[Array, " R"]
+    context_lens: Int32[Array, " R"]
+    samples: Bool[Array, " R"]
+    sampling: Sampling
 
 
 def prefill_step(
@@ -29,9 +58,41 @@ def prefill_step(
     Args:
       model: a module of `semipd_jax.models`, merged with its parameters.
     """
+    state, part = _prefill_part(state, batch)
+    hidden, state = _forward(model, state, [part])
+    return _sample(model, state, [part], hidden, may_be_none=True)
+
+
+def decode_step(
+    model: Any, state: SharedState, batch: DecodeBatch
+) -> tuple[StepOutput, SharedState]:
+    """Generates one token for each row from the last token that the shared state holds of it.
+
+    Args:
+      model: a module of `semipd_jax.models`, merged with its parameters.
+    """
+    part = _decode_part(state, batch)
+    hidden, state = _forward(model, state, [part])
+    return _sample(model, state, [part], hidden)
+
+
+def mixed_step(model: Any, state: SharedState, batch: MixedBatch) -> tuple[StepOutput, SharedState]:
+    """Both in one forward pass. The rows of the output are those of the decode batch, then those of
+    the prefill batch.
+
+    Args:
+      model: a module of `semipd_jax.models`, merged with its parameters.
+    """
+    state, prefill = _prefill_part(state, batch.prefill)
+    parts = [_decode_part(state, batch.decode), prefill]
+    hidden, state = _forward(model, state, parts)
+    return _sample(model, state, parts, hidden)
+
+
+def _prefill_part(state: SharedState, batch: PrefillBatch) -> tuple[SharedState, _Part]:
+    """The state comes back with the chunks' tokens in it."""
     request, positions, is_real = _locate(batch)
     pages = batch.page_table[request, positions // _page_size(state)]
-    slots = _slots(pages, positions, is_real, _page_size(state))
     tokens = _put(state.tokens, batch.rows[request], positions, batch.token_ids, is_real)
 
     def attention(
@@ -48,33 +109,26 @@ def prefill_step(
         )
         return out
 
-    attend = _writing_to(slots, attention)
-    hidden, layers = model(batch.token_ids, positions, state.layers, attend)
     last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-    output = lax.cond(
-        jnp.any(batch.samples),
-        lambda: sample(
-            model.logits(hidden[last]), batch.sampling, tokens, batch.rows, batch.context_lens
-        ),
-        lambda: empty_output(batch.rows.shape[0]),
+    part = _Part(
+        token_ids=batch.token_ids,
+        positions=positions,
+        slots=_slots(pages, positions, is_real, _page_size(state)),
+        attention=attention,
+        last=lambda hidden: hidden[last],
+        rows=batch.rows,
+        context_lens=batch.context_lens,
+        samples=batch.samples,
+        sampling=batch.sampling,
     )
-    tokens = _put(tokens, batch.rows, batch.context_lens, output.token_ids, batch.samples)
-    return output, SharedState(layers=layers, tokens=tokens)
+    return replace(state, tokens=tokens), part
 
 
-def decode_step(
-    model: Any, state: SharedState, batch: DecodeBatch
-) -> tuple[StepOutput, SharedState]:
-    """Generates one token for each row from the last token that the shared state holds of it.
-
-    Args:
-      model: a module of `semipd_jax.models`, merged with its parameters.
-    """
+def _decode_part(state: SharedState, batch: DecodeBatch) -> _Part:
     is_real = batch.context_lens > 0
     positions = jnp.maximum(batch.context_lens - 1, 0)
     row = jnp.arange(batch.rows.shape[0], dtype=jnp.int32)
     pages = batch.page_table[row, positions // _page_size(state)]
-    slots = _slots(pages, positions, is_real, _page_size(state))
 
     def attention(
         q: Float[Array, "B N H"], cache: LayerCache, window: int | None
@@ -89,13 +143,78 @@ def decode_step(
         )
         return out
 
-    token_ids = state.tokens[batch.rows, positions]
-    hidden, layers = model(token_ids, positions, state.layers, _writing_to(slots, attention))
-    output = sample(
-        model.logits(hidden), batch.sampling, state.tokens, batch.rows, batch.context_lens
+    return _Part(
+        token_ids=state.tokens[batch.rows, positions],
+        positions=positions,
+        slots=_slots(pages, positions, is_real, _page_size(state)),
+        attention=attention,
+        last=lambda hidden: hidden,
+        rows=batch.rows,
+        context_lens=batch.context_lens,
+        samples=is_real,
+        sampling=batch.sampling,
     )
-    tokens = _put(state.tokens, batch.rows, batch.context_lens, output.token_ids, is_real)
-    return output, SharedState(layers=layers, tokens=tokens)
+
+
+def _forward(model: Any, state: SharedState, parts: list[_Part]) -> tuple[list[Array], SharedState]:
+    """Each part's hidden states [T, D], and the state with the new keys and values."""
+    slots = _join([part.slots for part in parts])
+
+    def attend(
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        cache: LayerCache,
+        window: int | None,
+    ) -> tuple[Float[Array, "T N H"], LayerCache]:
+        k_pages, v_pages = kv_write(cache["k_pages"], cache["v_pages"], k, v, slots)
+        cache = {"k_pages": k_pages, "v_pages": v_pages}
+        queries = zip(parts, _split(q, parts), strict=True)
+        return _join([part.attention(own, cache, window) for part, own in queries]), cache
+
+    token_ids = _join([part.token_ids for part in parts])
+    positions = _join([part.positions for part in parts])
+    hidden, layers = model(token_ids, positions, state.layers, attend)
+    return _split(hidden, parts), replace(state, layers=layers)
+
+
+def _sample(
+    model: Any,
+    state: SharedState,
+    parts: list[_Part],
+    hidden: list[Array],
+    *,
+    may_be_none: bool = False,
+) -> tuple[StepOutput, SharedState]:
+    """Samples for all parts' rows at once, and writes the tokens. If no row may sample at all, that
+    is found out before the logits are computed."""
+    rows = _join([part.rows for part in parts])
+    context_lens = _join([part.context_lens for part in parts])
+    samples = _join([part.samples for part in parts])
+
+    def choose() -> StepOutput:
+        last = _join([part.last(own) for part, own in zip(parts, hidden, strict=True)])
+        sampling = join_sampling([part.sampling for part in parts])
+        return sample(model.logits(last), sampling, state.tokens, rows, context_lens)
+
+    if may_be_none:
+        output = lax.cond(jnp.any(samples), choose, lambda: empty_output(rows.shape[0]))
+    else:
+        output = choose()
+    tokens = _put(state.tokens, rows, context_lens, output.token_ids, samples)
+    return output, replace(state, tokens=tokens)
+
+
+def _join(arrays: list[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _split(x: Array, parts: list[_Part]) -> list[Array]:
+    """What `_join` joined."""
+    if len(parts) == 1:
+        return [x]
+    ends = np.cumsum([part.token_ids.shape[0] for part in parts])
+    return jnp.split(x, ends[:-1])
 
 
 def _locate(
@@ -128,23 +247,6 @@ def _put(
     """Writes tokens[rows, positions] where `is_real`, and nothing elsewhere."""
     rows = jnp.where(is_real, rows, tokens.shape[0])
     return tokens.at[rows, positions].set(token_ids, mode="drop")
-
-
-def _writing_to(slots: Int32[Array, " T"], attention: Callable[..., Array]) -> Callable[..., Any]:
-    """The model's `attend`: writes the new keys and values, then attends over the pages."""
-
-    def attend(
-        q: Float[Array, "T N H"],
-        k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        cache: LayerCache,
-        window: int | None,
-    ) -> tuple[Float[Array, "T N H"], LayerCache]:
-        k_pages, v_pages = kv_write(cache["k_pages"], cache["v_pages"], k, v, slots)
-        cache = {"k_pages": k_pages, "v_pages": v_pages}
-        return attention(q, cache, window), cache
-
-    return attend
 
 
 def _page_size(state: SharedState) -> int:

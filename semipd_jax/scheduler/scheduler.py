@@ -1,7 +1,7 @@
 """The one place that acts: applies plans to the state, makes steps of them, takes in their replies.
 
 Host only and free of I/O: the coordinator feeds it and sends what it returns. Steps may be answered
-in any order between phases; within a phase they are answered in the order they were sent.
+in any order between lanes; within a lane they are answered in the order they were sent.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from semipd_jax.messages import DecodeStep, PrefillStep, StepDone
+from semipd_jax.messages import DecodeStep, MixedStep, Phase, PrefillStep, StepDone
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
 from semipd_jax.scheduler import watermark, wire
@@ -68,7 +68,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent[Step: (PrefillStep, DecodeStep)]:
+class Sent[Step: (PrefillStep, DecodeStep, MixedStep)]:
     """A step to send, and the requests that were admitted with it."""
 
     step: Step
@@ -78,12 +78,14 @@ class Sent[Step: (PrefillStep, DecodeStep)]:
 class Scheduler:
     """
     Attributes:
+      num_steps: answered steps that did some of each phase.
       prefix_cache_queries, prefix_cache_hits: prompt tokens of admitted requests, and those of them
         whose KV was there. What preempted requests find again is not counted.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.state = SchedulerState(limits)
+        self.num_steps: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -148,11 +150,13 @@ class Scheduler:
     # ------------------------------------------------------------ plans become steps
 
     def next_prefill(
-        self, *, now_s: float, max_tokens: int | None = None
+        self, *, now_s: float, max_tokens: int | None = None, joins: int | None = None
     ) -> Sent[PrefillStep] | None:
         """Plans, applies and returns the next prefill step, or None if there is none to run.
 
-        `max_tokens` takes the place of the limits' chunk budget, for a step that shares it.
+        Args:
+          max_tokens: the chunk budget of this step, if it is not that of the limits.
+          joins: id of the decode step, planned last, that runs and is answered as one with this.
         """
         chunks = plan_prefill(self.state, max_tokens=max_tokens)
         if not chunks:
@@ -160,7 +164,7 @@ class Scheduler:
         admitted = [c for c in chunks if c.request.stage is Stage.WAITING]
         for chunk in admitted:  # all before any page is taken: that may give up a cached one
             self._admit(chunk, now_s=now_s)
-        step_id = self._send([c.request for c in chunks], chunks=chunks)
+        step_id = self._send([c.request for c in chunks], chunks=chunks, joins=joins)
         for chunk in chunks:
             request = chunk.request
             self._grow(request, pages_for(chunk.end, self.state.limits.page_size))
@@ -206,16 +210,17 @@ class Scheduler:
         result = Result()
         token_ids = wire.token_ids(reply)
         logprobs = wire.Logprobs(reply)
-        samples = [c.samples for c in step.chunks] or [True] * len(step.requests)
-        for i, (request, token, sampled) in enumerate(
-            zip(step.requests, token_ids, samples, strict=True)
+        self.num_steps["prefill"] += bool(step.chunks)
+        self.num_steps["decode"] += len(step.requests) > len(step.chunks)
+        for i, (request, token, chunk) in enumerate(
+            zip(step.requests, token_ids, step.chunk_of_row, strict=True)
         ):
             if reply.step_id not in request.steps:
                 continue
             request.steps.discard(reply.step_id)
             if request.num_crashes:
                 self._set_crashes(request, 0)
-            if sampled:
+            if chunk is None or chunk.samples:
                 logprob = logprobs.of(i, request.request.sampling.logprobs)
                 result.tokens.append(Token(request, token, logprob))
                 self._take_token(request, token, result, now_s=now_s)
@@ -306,8 +311,14 @@ class Scheduler:
         *,
         chunks: list[Chunk] | None = None,
         filling: list[int] | None = None,
+        joins: int | None = None,
     ) -> int:
-        """The id of a new step in flight."""
+        """The id of a new step in flight, or of the one that these chunks join."""
+        if joins is not None:
+            step = self.state.in_flight[joins]
+            step.requests.extend(requests)
+            step.chunks.extend(chunks or [])
+            return joins
         step_id = self._next_step_id
         self._next_step_id += 1
         self.state.in_flight[step_id] = StepInFlight(step_id, requests, chunks or [], filling or [])
@@ -336,17 +347,16 @@ class Scheduler:
         self.state.table.is_suspect[request.row] = request.is_suspect
 
     def _take_back(self, step: StepInFlight) -> None:
-        starts = [c.start for c in step.chunks] or [None] * len(step.requests)
-        for request, start in zip(step.requests, starts, strict=True):
+        for request, chunk in zip(step.requests, step.chunk_of_row, strict=True):
             if step.step_id not in request.steps:
                 continue
             request.steps.discard(step.step_id)
-            if start is None:
+            if chunk is None:
                 request.num_scheduled -= 1
                 self.state.table.context_lens[request.row] -= 1
                 self.state.table.awaits_mask[request.row] = False
             else:
-                request.num_scheduled = start
+                request.num_scheduled = chunk.start
 
     def _take_token(
         self, request: RequestState, token: int, result: Result, *, now_s: float

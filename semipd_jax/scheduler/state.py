@@ -151,15 +151,21 @@ class StepInFlight:
     """A step that was planned and not answered.
 
     Attributes:
-      requests: in the order of its rows.
-      chunks: of a prefill step.
-      filling: positions in `requests` of those whose decode step fills a page.
+      requests: in the order of its rows; those that decode come before those of the chunks.
+      chunks: what it prefills.
+      filling: positions in `requests` of those that decode the last token of a page.
     """
 
     step_id: int
     requests: list[RequestState]
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     filling: list[int] = field(default_factory=list[int])
+
+    @property
+    def chunk_of_row(self) -> list[Chunk | None]:
+        """None for rows that decode."""
+        num_decoding = len(self.requests) - len(self.chunks)
+        return [*[None] * num_decoding, *self.chunks]
 
 
 class RowTable:
@@ -248,8 +254,8 @@ class SchedulerState:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether a decode step is in flight."""
-        return any(not step.chunks for step in self.in_flight.values())
+        """Whether a step in flight decodes."""
+        return any(len(s.requests) > len(s.chunks) for s in self.in_flight.values())
 
     def enqueue(self, request: RequestState, rank: Rank) -> None:
         request.rank = rank

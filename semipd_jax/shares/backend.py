@@ -5,8 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from semipd_jax.config import Platform, ShareConfig
-from semipd_jax.messages import Phase
+from semipd_jax.config import Lane, Platform, ShareConfig
 from semipd_jax.shares import cpu, mps
 
 type Terms = Mapping[str, str]
@@ -25,7 +24,7 @@ class Grant(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Backend:
     host: Callable[[ShareConfig, str, int], AbstractContextManager[Terms]]
-    apply: Callable[[float, Phase, Terms], Grant]
+    apply: Callable[[float, Lane, Terms], Grant]
     abstain: Callable[[str], None]
     evict: Callable[[int, Terms], None]
     is_fate_shared: Callable[[Terms], bool]
@@ -50,12 +49,12 @@ def host(
     return _BACKENDS[platform].host(config, run_dir, num_sms)
 
 
-def apply(platform: Platform, share: float, phase: Phase, terms: Terms) -> Grant:
+def apply(platform: Platform, share: float, lane: Lane, terms: Terms) -> Grant:
     """Confines this process to `share` of the device, 0 < share ≤ 1, until it ends.
 
     A worker calls it once, first thing, before jax is imported, and `verify` after its first step.
     """
-    return _BACKENDS[platform].apply(share, phase, terms)
+    return _BACKENDS[platform].apply(share, lane, terms)
 
 
 def abstain(platform: Platform, run_dir: str) -> None:

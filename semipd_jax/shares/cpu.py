@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from semipd_jax.config import ShareConfig
+from semipd_jax.config import Lane, ShareConfig
 from semipd_jax.errors import StartupError
-from semipd_jax.messages import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +30,11 @@ class CoreGrant:
         return f"{len(self.cores)} of {self.num_available} cores: {sorted(self.cores)}"
 
 
-def plan(share: float, phase: Phase) -> frozenset[int]:
+def plan(share: float, lane: Lane) -> frozenset[int]:
     """The cores for a worker: `share` of those that this process may run on, rounded up."""
     cores = sorted(os.sched_getaffinity(0), key=lambda core: (_first_sibling(core), core))
     num_cores = math.ceil(round(share * len(cores), 6))  # 0.07 * 100 is a little more than 7
-    return frozenset(cores[:num_cores] if phase == "prefill" else cores[-num_cores:])
+    return frozenset(cores[:num_cores] if lane == "prefill" else cores[-num_cores:])
 
 
 def host(
@@ -45,9 +44,9 @@ def host(
     return contextlib.nullcontext({})
 
 
-def apply(share: float, phase: Phase, terms: Mapping[str, str]) -> CoreGrant:
+def apply(share: float, lane: Lane, terms: Mapping[str, str]) -> CoreGrant:
     """Confines all threads of this process, and those to come."""
-    grant = CoreGrant(plan(share, phase), len(os.sched_getaffinity(0)))
+    grant = CoreGrant(plan(share, lane), len(os.sched_getaffinity(0)))
     for thread in _threads():
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(thread, grant.cores)

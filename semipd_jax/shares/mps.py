@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from semipd_jax import cuda_driver
-from semipd_jax.config import MAX_WORKERS, ShareConfig
+from semipd_jax.config import MAX_WORKERS, Lane, ShareConfig
 from semipd_jax.errors import StartupError
-from semipd_jax.messages import Phase
 
 CONTROL: Final = "nvidia-cuda-mps-control"
 PIPE_DIRECTORY: Final = "CUDA_MPS_PIPE_DIRECTORY"
@@ -172,7 +171,7 @@ def host(config: ShareConfig, run_dir: str, num_sms: int) -> Iterator[Mapping[st
         }
 
 
-def apply(share: float, phase: Phase, terms: Mapping[str, str]) -> SmGrant:
+def apply(share: float, lane: Lane, terms: Mapping[str, str]) -> SmGrant:
     """Makes this process, once it starts CUDA, a client with a percentage; or no client at all."""
     for name in (*_OTHER_LIMITS, PERCENTAGE):
         os.environ.pop(name, None)

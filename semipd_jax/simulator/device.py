@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
       worker_id: who runs it.
-      steps: (id, number of tokens in the reply) of each step in it.
+      num_rows: tokens in the reply.
       ready_s: it does not start before.
       left: part of it that is still to run, 1 to 0.
       started_s, overlap_s: when it began, and for how long the other lane ran meanwhile.
@@ -30,7 +30,8 @@ class Job:
     """
 
     worker_id: str
-    steps: tuple[tuple[int, int], ...]
+    step_id: int
+    num_rows: int
     load: Load
     share: float
     ready_s: float
@@ -70,12 +71,15 @@ class Device:
         self,
         lane: int,
         worker_id: str,
-        steps: tuple[tuple[int, int], ...],
+        step_id: int,
+        num_rows: int,
         load: Load,
         share: float,
     ) -> None:
         """Queues a step at the device's time."""
-        job = Job(worker_id, steps, load, share, self._now_s + self._hop_s, self._factor())
+        job = Job(
+            worker_id, step_id, num_rows, load, share, self._now_s + self._hop_s, self._factor()
+        )
         self._lanes[lane].waiting.append(job)
         self._start()
 

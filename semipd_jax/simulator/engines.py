@@ -14,28 +14,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, runtime_checkable
 
-from semipd_jax.config import ShareConfig, SharePolicy
+from semipd_jax.config import PHASES, Lane, Phase, ShareConfig, SharePolicy
 from semipd_jax.coordinator.coordinator import DEPTH, Coordinator
 from semipd_jax.coordinator.tuned import TunedShares, TunerOf
 from semipd_jax.messages import (
-    DecodeStep,
     FromCoordinator,
     Outputs,
-    Phase,
-    PrefillStep,
     Refused,
     StepDone,
     Submit,
+    ToWorker,
     WorkerReady,
+    parts,
 )
 from semipd_jax.request import Request, Timings
+from semipd_jax.scheduler.lanes import next_step
 from semipd_jax.scheduler.scheduler import Ending, Scheduler
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.link import Link
-from semipd_jax.simulator.machine import Machine
+from semipd_jax.simulator.machine import Load, Machine
 from semipd_jax.tuner.slo import SloTargets
-from semipd_jax.tuner.tuner import PHASES
 from semipd_jax.tuner.work import work_of
 
 _CLIENT: Final = "client"
@@ -151,10 +150,9 @@ class SemiPd:
     def advance(self, now_s: float) -> None:
         self._now_s = now_s
         for lane, job in self._device.advance(now_s):
-            ((step_id, num_tokens),) = job.steps
             seconds = now_s - job.started_s
             self._share_s[PHASES[lane]] += seconds * job.share
-            reply = StepDone(job.worker_id, step_id, bytes(4 * num_tokens), seconds, 0)
+            reply = StepDone(job.worker_id, job.step_id, bytes(4 * job.num_rows), seconds, 0)
             self._coordinator.from_worker(reply)
 
     def counters(self) -> dict[str, float]:
@@ -171,12 +169,11 @@ class SemiPd:
     def _clock(self) -> float:
         return self._now_s
 
-    def _step_sent(self, worker_id: str, step: PrefillStep | DecodeStep) -> None:
+    def _step_sent(self, worker_id: str, step: ToWorker) -> None:
         phase, share = self._workers[worker_id]
         if not self.shares[phase] or self.shares[phase][-1][1] != share:
             self.shares[phase].append((self._now_s, share))
-        steps, load = ((step.step_id, len(step.rows) // 4),), self._machine.load((work_of(step),))
-        self._device.send(PHASES.index(phase), worker_id, steps, load, share)
+        self._device.send(PHASES.index(phase), worker_id, *_job(step, self._machine), share)
 
     def _told(self, _: str, message: FromCoordinator) -> None:
         if isinstance(message, Refused):
@@ -190,7 +187,7 @@ class _Worker:
     """One lane that runs what one scheduler plans, two steps ahead.
 
     Args:
-      plan: the steps that run together next; none if there is nothing to do.
+      lane: what it runs.
       ended: told of every request that ends in this scheduler.
     """
 
@@ -199,29 +196,28 @@ class _Worker:
         device: Device,
         machine: Machine,
         scheduler: Scheduler,
-        plan: Callable[[float], list[PrefillStep | DecodeStep]],
+        lane: Lane,
         ended: Callable[[Ending], None],
     ) -> None:
         self.device = device
         self.scheduler = scheduler
         self._machine = machine
-        self._plan = plan
+        self._lane: Lane = lane
         self._ended = ended
         self._num_in_flight = 0
 
     def advance(self, now_s: float) -> None:
         for _, job in self.device.advance(now_s):
             self._num_in_flight -= 1
-            for step_id, num_tokens in job.steps:
-                reply = StepDone("", step_id, bytes(4 * num_tokens), 0.0, 0)
-                for ending in self.scheduler.step_done(reply, now_s=now_s).endings:
-                    self._ended(ending)
+            reply = StepDone("", job.step_id, bytes(4 * job.num_rows), 0.0, 0)
+            for ending in self.scheduler.step_done(reply, now_s=now_s).endings:
+                self._ended(ending)
 
     def send_steps(self, now_s: float) -> None:
-        while self._num_in_flight < DEPTH and (steps := self._plan(now_s)):
-            works = tuple(map(work_of, steps))
-            sent = tuple((step.step_id, len(step.rows) // 4) for step in steps)
-            self.device.send(0, "", sent, self._machine.load(works), 1.0)
+        while self._num_in_flight < DEPTH and (
+            sent := next_step(self.scheduler, self._lane, now_s=now_s)
+        ):
+            self.device.send(0, "", *_job(sent.step, self._machine), 1.0)
             self._num_in_flight += 1
 
 
@@ -262,40 +258,23 @@ class Baseline:
             self.environment.report(Finished(handle))
 
 
-class Colocated(Baseline):
-    """One worker; a step is a prefill if there is one, else a decode."""
+class OneWorker(Baseline):
+    """The engine in a mode with one worker for both phases."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, lane: Lane) -> None:
         super().__init__(environment)
         self._scheduler = Scheduler(environment.limits)
         self.workers["worker"] = _Worker(
             environment.device(1),
             environment.machine,
             self._scheduler,
-            self.plan,
+            lane,
             lambda e: environment.report(Finished(e.request.handle, e.timings)),
         )
 
     def submit(self, handle: int, request: Request) -> None:
         self.queue(self._scheduler, handle, request)
         self.send_steps()
-
-    def plan(self, now_s: float) -> list[PrefillStep | DecodeStep]:
-        sent = self._scheduler.next_prefill(now_s=now_s) or self._scheduler.next_decode()
-        return [] if sent is None else [sent.step]
-
-
-class Chunked(Colocated):
-    """One worker; a step takes all decode rows and, up to its budget, prompt tokens."""
-
-    def plan(self, now_s: float) -> list[PrefillStep | DecodeStep]:
-        decode = self._scheduler.next_decode()
-        num_rows = 0 if decode is None else len(decode.step.rows) // 4
-        left = self._scheduler.state.limits.max_num_batched_tokens - num_rows
-        prefill = None
-        if left > 0:
-            prefill = self._scheduler.next_prefill(now_s=now_s, max_tokens=left)
-        return [sent.step for sent in (decode, prefill) if sent is not None]
 
 
 class Disaggregated(Baseline):
@@ -316,14 +295,14 @@ class Disaggregated(Baseline):
         self._prefilled: dict[int, Timings] = {}
         machine = environment.machine
 
-        def add(name: str, machine: Machine, scheduler: Scheduler, plan: Any, ended: Any) -> None:
+        def add(name: str, machine: Machine, scheduler: Scheduler, lane: Lane, ended: Any) -> None:
             device = environment.device(1, machine)
-            self.workers[name] = _Worker(device, machine, scheduler, plan, ended)
+            self.workers[name] = _Worker(device, machine, scheduler, lane, ended)
 
-        add("prefill", machine, self._prefill, _next_prefill(self._prefill), self._first_token)
+        add("prefill", machine, self._prefill, "prefill", self._first_token)
         # As in the coordinator, decode plans first: what it leaves of the pages is for transfers.
-        add("decode", machine, self._decode, _next_decode(self._decode), self._ended)
-        add("link", link, self._decode, _next_prefill(self._decode), self._ended)
+        add("decode", machine, self._decode, "decode", self._ended)
+        add("link", link, self._decode, "prefill", self._ended)
 
     def submit(self, handle: int, request: Request) -> None:
         self._requests[handle] = request
@@ -348,20 +327,11 @@ class Disaggregated(Baseline):
         self.environment.report(Finished(handle, timings))
 
 
-def _next_prefill(scheduler: Scheduler) -> Callable[[float], list[PrefillStep | DecodeStep]]:
-    def plan(now_s: float) -> list[PrefillStep | DecodeStep]:
-        sent = scheduler.next_prefill(now_s=now_s)
-        return [] if sent is None else [sent.step]
-
-    return plan
-
-
-def _next_decode(scheduler: Scheduler) -> Callable[[float], list[PrefillStep | DecodeStep]]:
-    def plan(now_s: float) -> list[PrefillStep | DecodeStep]:
-        sent = scheduler.next_decode()
-        return [] if sent is None else [sent.step]
-
-    return plan
+def _job(step: ToWorker, machine: Machine) -> tuple[int, int, Load]:
+    """Id, rows and load of a step."""
+    steps = parts(step)
+    num_rows = sum(len(part.rows) // 4 for part in steps)
+    return step.step_id, num_rows, machine.load(tuple(map(work_of, steps)))
 
 
 class _Sender:

@@ -12,11 +12,10 @@ from typing import Final
 from semipd_jax.config import POLICIES, SchedulingPolicy, ShareConfig, SharePolicy, require
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.simulator.engines import (
-    Chunked,
-    Colocated,
     Disaggregated,
     Engine,
     Environment,
+    OneWorker,
     Report,
     SemiPd,
 )
@@ -148,9 +147,9 @@ def _budget(system: System, setup: Setup) -> int:
 
 def _baseline(system: System, environment: Environment, platform: Platform) -> Engine:
     if system.kind == "colocated":
-        return Colocated(environment)
+        return OneWorker(environment, "colocated")
     if system.kind == "chunked":
-        return Chunked(environment)
+        return OneWorker(environment, "chunked")
     require(platform.link is not None, "system", system.name, "systems of one device on this one")
     assert platform.link is not None
     return Disaggregated(environment, platform.link)

@@ -5,12 +5,11 @@ from typing import Final
 
 import numpy as np
 
-from semipd_jax.messages import Phase
+from semipd_jax.config import PHASES, Phase
 from semipd_jax.tuner.latency import LatencyModel, Sample
 from semipd_jax.tuner.policy import Decision, Observation, Policy
 from semipd_jax.tuner.rls import RecursiveLeastSquares
 
-PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 _PRIOR_UNCERTAINTY: Final = 0.3
 _LEAST_UNCERTAINTY_S: Final = 1e-4
 

@@ -1,1 +1,1 @@
-"""The worker process: maps the memory, compiles its phase's steps, runs what it is told."""
+"""The worker process: maps the memory, compiles its lane's steps, runs what it is told."""

@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 def main(child: Child) -> None:
     spec = child.spec
     worker_id = spec.extra.get("worker_id")
-    if spec.layout is None or spec.phase is None or spec.share is None or worker_id is None:
-        raise StartupError("a worker needs a memory layout, a phase, a share and a worker_id")
-    grant = shares.apply(spec.platform, spec.share, spec.phase, spec.extra)
+    if spec.layout is None or spec.lane is None or spec.share is None or worker_id is None:
+        raise StartupError("a worker needs a memory layout, a lane, a share and a worker_id")
+    grant = shares.apply(spec.platform, spec.share, spec.lane, spec.extra)
     _set_environment(worker_environment(spec.platform, spec.layout.worker_fraction))
     is_extra = spec.extra.get("is_extra") == "True"
     with giving_way() if is_extra else contextlib.nullcontext():
@@ -35,7 +35,7 @@ def main(child: Child) -> None:
         setup.start_jax(spec.platform, spec.config)
         cache = CacheUse()
         runner, compiles = setup.build_runner(
-            child, spec.layout, spec.phase, map_timeout_s=_MAP_TIMEOUT_S
+            child, spec.layout, spec.lane, map_timeout_s=_MAP_TIMEOUT_S
         )
     num_programs = cache.num_hits + cache.num_misses
     child.progress(FROM_CACHE, cache.num_hits, num_programs)
@@ -44,7 +44,7 @@ def main(child: Child) -> None:
     gc.freeze()  # what start-up made lives on: no collection has to look at it again
 
     link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
-    link.send(WorkerReady(worker_id, spec.phase, spec.share))
+    link.send(WorkerReady(worker_id, spec.lane, spec.share))
     child.ready(private_bytes=private_bytes())
     loop.serve(child, link, runner, compiles, worker_id)
     link.close()

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 
 from semipd_jax.child import Child
-from semipd_jax.config import EngineConfig, Platform
+from semipd_jax.config import EngineConfig, Lane, Platform
 from semipd_jax.errors import StartupError
-from semipd_jax.messages import MemoryLayout, Phase
+from semipd_jax.messages import MemoryLayout
 from semipd_jax.models import module
 from semipd_jax.models.registry import load_spec
-from semipd_jax.runtime.buckets import Bucket, decode_buckets, prefill_buckets
+from semipd_jax.runtime.buckets import lane_buckets
 from semipd_jax.runtime.cache import enable_cache
 from semipd_jax.runtime.compile import CompileCounter
 from semipd_jax.runtime.runner import StepRunner
@@ -37,12 +37,12 @@ def start_jax(platform: Platform, config: EngineConfig) -> None:
 def build_runner(
     child: Child,
     layout: MemoryLayout,
-    phase: Phase,
+    lane: Lane,
     *,
     map_timeout_s: float,
     largest_only: bool = False,
 ) -> tuple[StepRunner, CompileCounter]:
-    """Maps the memory and compiles every bucket of the phase, reporting progress.
+    """Maps the memory and compiles every bucket of the lane, reporting progress.
 
     Returns the runner and a counter of whatever is compiled from now on.
 
@@ -58,25 +58,20 @@ def build_runner(
     _check_params(params, expected)
     state = module.nest(region_arrays(mapped[STATE]))
     layers = [state["layers"][i] for i in range(spec.num_layers)]
-    buckets = _buckets(config, layout, phase)[-1 if largest_only else 0 :]
+    buckets = lane_buckets(lane, layout, config.scheduler)
+    if largest_only:
+        buckets = {kind: of_kind[-1:] for kind, of_kind in buckets.items()}
+    num_programs = sum(map(len, buckets.values()))
 
     runner = StepRunner(
-        phase,
         graphdef,
         params,
         SharedState(layers=layers, tokens=state["tokens"]),
         buckets,
         platform=child.spec.platform,
-        on_progress=lambda done: child.progress("compile", done, len(buckets)),
+        on_progress=lambda done: child.progress("compile", done, num_programs),
     )
     return runner, CompileCounter()
-
-
-def _buckets(config: EngineConfig, layout: MemoryLayout, phase: Phase) -> tuple[Bucket, ...]:
-    limits = config.scheduler
-    if phase == "decode":
-        return decode_buckets(layout, limits.max_num_seqs)
-    return prefill_buckets(layout, limits.max_num_seqs, limits.max_num_batched_tokens)
 
 
 def _check_params(params: module.Params, expected: module.Params) -> None:

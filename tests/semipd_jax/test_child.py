@@ -130,7 +130,7 @@ def test_commands_arrive_in_order_and_wake_a_poll() -> None:
                 child.progress(command.worker_id, 0, 0)
     """
     with child(body) as process:
-        lost = [WorkerLost(worker_id=name, phase="decode") for name in "abc"]
+        lost = [WorkerLost(worker_id=name, lane="decode") for name in "abc"]
         a, b, c = (msgspec.json.encode(message) + b"\n" for message in lost)
         process.write(a + b + c[:9])  # a line may arrive in pieces
         assert [process.hear().stage for _ in range(2)] == ["a", "b"]

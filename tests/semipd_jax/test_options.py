@@ -65,6 +65,31 @@ def test_words_and_types_come_from_the_configuration():
         options.parse(by_name["share_ladder"])("0.6;1")
 
 
+@pytest.mark.parametrize("mode", ["colocated", "chunked"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prefill_share", 0.5),
+        ("decode_share", 0.9),
+        ("share_ladder", (0.5, 1.0)),
+        ("prefill_share_ladder", (0.5,)),
+        ("decode_share_ladder", ()),
+    ],
+)
+def test_shares_are_refused_where_one_worker_has_all_compute(mode, name, value):
+    options.build_config("m", mode=mode)
+    with pytest.raises(ConfigError, match=rf"^{name} is .*; allowed: unset with mode '{mode}'"):
+        options.build_config("m", mode=mode, **{name: value})
+
+
+def test_mixed_steps_need_a_budget_beyond_the_running_requests():
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 64}
+    options.build_config("m", mode="colocated", **limits)
+    options.build_config("m", mode="chunked", **limits | {"max_num_batched_tokens": 65})
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens is 64; .* max_num_seqs \(64\)"):
+        options.build_config("m", mode="chunked", **limits)
+
+
 def test_rungs_are_a_phase_s_ladder_and_its_share():
     shares = options.build_config("m", decode_share=0.7, share_ladder=(0.5, 1.0)).shares
     assert (shares.rungs("prefill"), shares.rungs("decode")) == ((0.5, 1.0), (0.5, 0.7, 1.0))

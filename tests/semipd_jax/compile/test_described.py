@@ -29,9 +29,9 @@ def test_every_program_of_every_rung_compiles_for_the_sms_of_its_share(model):
         build_config(model, **SMALL, decode_share=0.5), "h100", jobs=2,
         show=lambda name, p: progress.append((name, p.done, p.total)),
     )  # fmt: skip
-    assert [(p.phase, p.share, p.num_sms, p.problem) for p in programs] == [
-        ("prefill", 1.0, 132, None),
+    assert [(p.lane, p.share, p.num_sms, p.problem) for p in programs] == [
         ("decode", 0.5, 66, None),
+        ("prefill", 1.0, 132, None),
     ]
     assert sorted(progress) == sorted(
         (name, done, 1) for name in ("prefill 1.00", "decode 0.50") for done in (0, 1)
@@ -43,7 +43,7 @@ def test_a_compiler_that_takes_its_process_along_is_named(model, monkeypatch, tm
         "import sys, os; print('LLVM ERROR', file=sys.stderr, flush=True); os._exit(134)"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(StartupError, match=r"prefill 1\.00: status 134: LLVM ERROR"):
+    with pytest.raises(StartupError, match=r"decode 1\.00: status 134: LLVM ERROR"):
         described.compile_all(build_config(model), "h100", jobs=1, show=lambda *_: None)
 
 

@@ -85,7 +85,7 @@ def test_a_share_beside_the_ladder_is_started_used_and_let_go(engine):
     engine.answer("prefill-1.0")
     engine.submit(2, prompt_len=30, max_tokens=2)
     assert ask(engine, decode=0.7).decode.warm == (0.5, 1.0)
-    assert engine.asked == [StartWorker(phase="decode", share=0.7)]
+    assert engine.asked == [StartWorker(lane="decode", share=0.7)]
     engine.coordinator.from_worker(WorkerReady("decode-0.7", "decode", 0.7))
     for name in list(busy(engine)):
         if name.startswith("decode"):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semipd_jax.config import PHASES
 from semipd_jax.coordinator.profiling import Bench
 from semipd_jax.coordinator.trials import Trial, decode_shapes, prefill_shapes, step_of, trials
 from semipd_jax.errors import EngineError
@@ -15,7 +16,6 @@ from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.profiled import Profiled
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import Conditions, LatencyModel
-from semipd_jax.tuner.tuner import PHASES
 from semipd_jax.tuner.work import work_of
 
 LADDER = (0.25, 0.5, 1.0)
@@ -47,8 +47,8 @@ class VirtualWorkers:
 
     def send(self, peer: str, message) -> bool:
         phase, _, share = peer.partition("@")
-        steps, load = ((message.step_id, 1),), self._machine.load((work_of(message),))
-        self._device.send(PHASES.index(phase), peer, steps, load, float(share))
+        load = self._machine.load((work_of(message),))
+        self._device.send(PHASES.index(phase), peer, message.step_id, 1, load, float(share))
         return True
 
     def receive(self):
@@ -57,7 +57,7 @@ class VirtualWorkers:
             return ready
         self.now = self._device.next_s
         return [
-            StepDone(job.worker_id, job.steps[0][0], b"", self.now - job.started_s, 0)
+            StepDone(job.worker_id, job.step_id, b"", self.now - job.started_s, 0)
             for _, job in self._device.advance(self.now)
         ]
 

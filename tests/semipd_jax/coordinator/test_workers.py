@@ -1,11 +1,11 @@
 import pytest
 
-from semipd_jax.coordinator.workers import PhaseWorkers
+from semipd_jax.coordinator.workers import LaneWorkers
 
 
 @pytest.fixture
-def workers() -> PhaseWorkers:
-    return PhaseWorkers("decode", wanted=1.0, shares={"slow": 0.5, "fast": 1.0})
+def workers() -> LaneWorkers:
+    return LaneWorkers("decode", wanted=1.0, shares={"slow": 0.5, "fast": 1.0})
 
 
 def test_the_closest_share_that_is_ready_gets_the_step(workers):
@@ -14,7 +14,7 @@ def test_the_closest_share_that_is_ready_gets_the_step(workers):
         assert workers.next_worker(2) == chosen
     workers.wanted = 0.75
     assert workers.next_worker(2) == "fast", "the larger of two that are equally close"
-    assert PhaseWorkers("decode").next_worker(2) is None
+    assert LaneWorkers("decode").next_worker(2) is None
 
 
 def test_a_move_waits_for_the_steps_in_flight(workers):

@@ -124,7 +124,7 @@ def test_the_reason_of_a_failed_start_is_raised():
 
 def test_a_start_that_takes_too_long_says_who_is_missing():
     launcher = Launcher(config(startup_s=0.01), modules=FAKES)
-    with pytest.raises(StartupError, match=r"memory owner, coordinator, prefill worker 1\.00"):
+    with pytest.raises(StartupError, match=r"memory owner, coordinator, decode worker 1\.00"):
         launcher.start()
     assert not children()
 

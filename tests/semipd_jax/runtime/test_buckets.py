@@ -20,7 +20,7 @@ LAYOUT = MemoryLayout(
 def test_every_decode_batch_has_a_bucket_little_larger_than_itself(max_num_seqs):
     all_buckets = buckets.decode_buckets(LAYOUT, max_num_seqs)
     for n in range(1, max_num_seqs + 1):
-        bucket = buckets.choose(all_buckets, n, n)
+        bucket = buckets.choose(all_buckets, (n, n))
         assert n <= bucket.num_rows <= min(max(4, 2 * n), max_num_seqs)
 
 
@@ -32,15 +32,15 @@ def test_every_prefill_step_within_the_limits_has_a_bucket(max_num_seqs, max_num
     assert len(all_buckets) <= 6
     for num_tokens in range(1, max_num_batched_tokens + 1, 7):
         for num_rows in {1, min(num_tokens, max_num_seqs)}:
-            buckets.choose(all_buckets, num_tokens, num_rows)
-    lone = buckets.choose(all_buckets, max_num_batched_tokens // 8 or 1, 1)
+            buckets.choose(all_buckets, (num_tokens, num_rows))
+    lone = buckets.choose(all_buckets, (max_num_batched_tokens // 8 or 1, 1))
     assert lone.num_tokens <= max(32, max_num_batched_tokens)
 
 
 def test_a_step_that_is_too_large_is_refused_with_its_size_and_the_limit():
     all_buckets = buckets.decode_buckets(LAYOUT, 8)
     with pytest.raises(ValueError, match="9 tokens in 9 rows; allowed: at most 8 tokens in 8 rows"):
-        buckets.choose(all_buckets, 9, 9)
+        buckets.choose(all_buckets, (9, 9))
 
 
 def test_the_page_table_has_room_for_one_token_more_than_the_model():

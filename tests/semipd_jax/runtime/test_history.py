@@ -31,11 +31,10 @@ PENALISED = {"repetition_penalty": 5.0, "frequency_penalty": 1.0, "prompt_len": 
 @pytest.fixture(scope="module")
 def prefill():
     return StepRunner(
-        "prefill",
         GRAPHDEF,
         PARAMS,
         zero_state(SPEC, LAYOUT),
-        (Bucket(64, 2, 7, 4, 3),),
+        {"prefill": (Bucket(64, 2, 7, 4, 3),)},
         platform="cpu",
     )
 
@@ -85,8 +84,8 @@ def test_the_rest_after_a_cached_prefix_is_sampled_like_the_whole_prompt(prefill
 def test_decode_goes_on_from_a_cached_prefix(prefill):
     """Penalties of later tokens count the cached ones too."""
     state = jax.tree.map(lambda a: jnp.asarray(np.array(a)), prefill._state)
-    buckets = (Bucket(2, 2, 7, 4, 3),)
-    decode = StepRunner("decode", GRAPHDEF, PARAMS, state, buckets, platform="cpu")
+    buckets = {"decode": (Bucket(2, 2, 7, 4, 3),)}
+    decode = StepRunner(GRAPHDEF, PARAMS, state, buckets, platform="cpu")
     table = columns(2, **PENALISED)
     generated = []
     for end in range(LENGTH + 1, LENGTH + 8):

@@ -1,4 +1,4 @@
-"""The two steps against a dense forward pass of the same module, and what they may write."""
+"""The steps against a dense forward pass of the same module, and what they may write."""
 
 import functools
 import itertools
@@ -21,20 +21,22 @@ from step_cases import (
     zero_state,
 )
 
+from semipd_jax.messages import MixedStep
 from semipd_jax.runtime import batch
-from semipd_jax.runtime.buckets import Bucket, decode_buckets
+from semipd_jax.runtime.buckets import Bucket, MixedBucket, decode_buckets
 from semipd_jax.runtime.compile import compile_step
 
 SPEC, GRAPHDEF, PARAMS = tiny_model()
 LAYOUT = tiny_layout(SPEC)
 PREFILL = Bucket(num_tokens=32, num_rows=4, table_width=7, bias_width=4, mask_width=3)
 DECODE = Bucket(num_tokens=4, num_rows=4, table_width=7, bias_width=4, mask_width=3)
+MIXED = MixedBucket(DECODE, PREFILL)
 
 
 @functools.cache
-def program(phase, bucket):
+def program(kind, bucket):
     state = abstract_state(SPEC, LAYOUT)
-    return compile_step(phase, GRAPHDEF, PARAMS, state, bucket, "cpu")
+    return compile_step(kind, GRAPHDEF, PARAMS, state, bucket, "cpu")
 
 
 def run_prefill(state, message):
@@ -45,10 +47,19 @@ def run_decode(state, message, bucket=DECODE):
     return _run("decode", bucket, state, batch.pack_decode(message, bucket))
 
 
-def _run(phase, bucket, state, packed):
+def run_mixed(state, decode, prefill):
+    """Tokens of the rows that decode, and of those of the chunks."""
+    packed = batch.pack_mixed(MixedStep(decode, prefill), MIXED)
+    tokens, state = _run("mixed", MIXED, state, packed)
+    return tokens[: DECODE.num_rows], tokens[DECODE.num_rows :], state
+
+
+def _run(kind, bucket, state, packed):
     leaves = jax.tree.leaves(PARAMS)
-    bias, masks = batch.pack_bias(None, bucket), tuple(batch.pack_masks(None, bucket))
-    output, state = program(phase, bucket)(leaves, state, packed, bias, masks)
+    none = [None] * len(bucket.parts)
+    no_masks = [batch.pack_masks(None, part) for part in bucket.parts]
+    bias, masks = batch.pack_biases(none, bucket), tuple(itertools.chain(*no_masks))
+    output, state = program(kind, bucket)(leaves, state, packed, bias, masks)
     return np.asarray(output.token_ids).tolist(), state
 
 
@@ -86,23 +97,30 @@ def random_requests(rng, num_requests):
 
 
 def generate(state, requests, num_tokens, rng):
-    """Prefills in mixed batches of chunks, decodes in random batches, until all have enough."""
+    """Prefills in batches of chunks, decodes in random batches, or both in one step, until all have
+    enough."""
     while any(len(r.output) < num_tokens for r in requests):
-        waiting = [r for r in requests if r.chunks]
-        if waiting and rng.random() < 0.7:
-            chosen, room = [], PREFILL.num_tokens
-            for r in waiting[: PREFILL.num_rows]:
-                room -= r.chunks[0][1] - r.chunks[0][0]
-                chosen += [r] if room >= 0 else []
-            tokens, state = run_prefill(state, prefill_message([r.next_chunk() for r in chosen]))
-            for r, token in zip(chosen, tokens, strict=False):
-                r.output += [] if r.chunks else [token]
+        waiting = [r for r in requests if r.chunks and rng.random() < 0.7]
         running = [r for r in requests if r.output and len(r.output) < num_tokens]
-        if running:
-            chosen = [running[i] for i in rng.permutation(len(running))[: DECODE.num_rows]]
-            tokens, state = run_decode(state, decode_message([r.decode_row() for r in chosen]))
-            for r, token in zip(chosen, tokens, strict=False):
-                r.output.append(token)
+        running = [running[i] for i in rng.permutation(len(running))[: DECODE.num_rows]]
+        chunked, room = [], PREFILL.num_tokens
+        for r in waiting[: PREFILL.num_rows]:
+            room -= r.chunks[0][1] - r.chunks[0][0]
+            chunked += [r] if room >= 0 else []
+        decode = decode_message([r.decode_row() for r in running]) if running else None
+        prefill = prefill_message([r.next_chunk() for r in chunked]) if chunked else None
+        decoded, sampled = [], []
+        if decode and prefill and rng.random() < 0.7:
+            decoded, sampled, state = run_mixed(state, decode, prefill)
+        else:
+            if prefill:
+                sampled, state = run_prefill(state, prefill)
+            if decode:
+                decoded, state = run_decode(state, decode)
+        for r, token in zip(running, decoded, strict=False):
+            r.output.append(token)
+        for r, token in zip(chunked, sampled, strict=False):
+            r.output += [] if r.chunks else [token]
     return state
 
 
@@ -188,6 +206,30 @@ def test_prefill_writes_its_own_slots_and_nothing_else(samples):
     _, after = run_prefill(state, prefill_message([(4, pages, prompt, 0, 20, samples)]))
     assert changed_slots(before, after) == {slot(pages, p) for p in range(20)}
     assert changed_tokens(before, after) == {(4, p) for p in range(20 + samples)}
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_mixed_step_is_both_steps_and_writes_nothing_else(samples):
+    requests, state = prefilled()
+    rows = [r.decode_row() for r in requests]
+    free = sorted({*range(1, LAYOUT.num_pages)} - {p for r in requests for p in r.pages})
+    row = next(row for row in range(1, LAYOUT.num_rows) if row not in [r.row for r in requests])
+    table = columns(len(rows), **RANDOM)
+    decode = decode_message(rows, sampling=table)
+    chunk = [(row, free[:2], list(range(40, 70)), 0, 20, samples)]
+    prefill = prefill_message(chunk, sampling=columns(1, temperature=1.0, seed=3))
+    before = copy(state)
+    decoded, sampled, together = run_mixed(copy(state), decode, prefill)
+    again = run_mixed(copy(together), decode, prefill)
+    assert again[:2] == (decoded, sampled), "a step that runs again gives other tokens"
+    expected, apart = run_decode(state, decode)
+    assert decoded[: len(rows)] == expected[: len(rows)]
+    expected, apart = run_prefill(apart, prefill)
+    assert not samples or sampled[0] == expected[0]
+    assert changed_slots(before, together) == changed_slots(before, apart)
+    np.testing.assert_array_equal(np.asarray(together.tokens), np.asarray(apart.tokens))
+    for ours, theirs in zip(*map(jax.tree.leaves, (together.layers, apart.layers)), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_do_not_depend_on_bucket_or_row_order():

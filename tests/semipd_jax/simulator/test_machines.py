@@ -203,11 +203,11 @@ def run_device(device: Device, most: int = 20) -> list[tuple[float, int, str]]:
 def test_steps_of_a_lane_run_one_after_another_and_lanes_side_by_side():
     device = Device(Halves(), num_lanes=2, hop_s=0.25, noise=0.0, seed=0)
     for name in ("a", "b"):
-        device.send(0, name, (), Load(()), 1.0)
+        device.send(0, name, 0, 0, Load(()), 1.0)
     assert device.next_s == 0.25
     device.advance(0.25)  # a starts
     assert device.advance(1.0) == []
-    device.send(1, "c", (), Load(()), 1.0)
+    device.send(1, "c", 0, 0, Load(()), 1.0)
     # At 1.25 a is done and b starts; c has just started too. Both take 2 s, so b ends with c.
     assert run_device(device) == [(1.25, 0, "a"), (3.25, 0, "b"), (3.25, 1, "c")]
     assert device.busy_s == [3.0, 2.0]
@@ -215,9 +215,9 @@ def test_steps_of_a_lane_run_one_after_another_and_lanes_side_by_side():
 
 def test_a_step_slows_down_only_while_the_other_lane_runs():
     device = Device(Halves(), num_lanes=2, hop_s=0.0, noise=0.0, seed=0)
-    device.send(0, "a", (), Load(()), 1.0)
+    device.send(0, "a", 0, 0, Load(()), 1.0)
     device.advance(0.5)
-    device.send(1, "b", (), Load(()), 1.0)
+    device.send(1, "b", 0, 0, Load(()), 1.0)
     # Half of a is left, at half speed until 1.5; b has then run half, and ends alone at 2.
     assert run_device(device) == [(1.5, 0, "a"), (2.0, 1, "b")]
 
@@ -226,7 +226,7 @@ def test_noise_is_of_the_seed():
     def ends(seed: int) -> list[float]:
         device = Device(Halves(), num_lanes=1, hop_s=0.0, noise=0.1, seed=seed)
         for _ in range(5):
-            device.send(0, "", (), Load(()), 1.0)
+            device.send(0, "", 0, 0, Load(()), 1.0)
         return [at for at, _, _ in run_device(device)]
 
     assert ends(1) == ends(1)

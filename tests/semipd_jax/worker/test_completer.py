@@ -29,7 +29,7 @@ class Tokens:
 
 def pending(step_id, tokens):
     output = StepOutput(token_ids=tokens, logprobs=None, top_ids=None, top_logprobs=None)
-    return PendingStep(step_id, 1, False, output, time.monotonic())
+    return PendingStep(step_id, np.arange(1), False, output, time.monotonic())
 
 
 def test_steps_in_flight_are_finished_and_answered_in_order():

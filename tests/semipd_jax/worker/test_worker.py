@@ -75,7 +75,7 @@ class Engine:
             run_dir=self.run_dir,
             config=self.config,
             layout=LAYOUT,
-            phase=phase,
+            lane=phase,
             share=1.0,
             extra={"worker_id": worker_id},
         )
@@ -156,7 +156,7 @@ def engine(tmp_path_factory):
 def workers(engine):
     """A prefill and a decode worker, ready."""
     started = {phase: engine.start(f"{phase}-1", phase) for phase in ("prefill", "decode")}
-    ready = {engine.receive(WorkerReady).phase for _ in started}
+    ready = {engine.receive(WorkerReady).lane for _ in started}
     assert ready == {"prefill", "decode"}
     for process in started.values():
         engine.heard(process, Ready)
