@@ -149,7 +149,8 @@ class Launcher:
         self._retired: list[Process] = []
         self._leaving: dict[Process, float] = {}  # workers asked to stop → until when they may stay
         self._fallen: list[_WorkerSlot] = []  # to be started again when all that leave are gone
-        self._coordinator_heard_s = math.inf
+        self._silent_s = 0.0  # the coordinator
+        self._checked_s = time.monotonic()
         self._thread: threading.Thread | None = None
         self._worker_numbers = itertools.count(1)
         self._layout: MemoryLayout | None = None
@@ -254,10 +255,10 @@ class Launcher:
             event = self._events.get(timeout=_TICK_S)
         except queue.Empty:
             event = None
-            self._check_coordinator()
         if event is not None:
             self._handle(*event)
             self._tell_front_end()
+        self._check_coordinator(has_heard_all=event is None)
         self._check_outages()
         self._check_leaving()
 
@@ -271,7 +272,7 @@ class Launcher:
             case Failed():
                 self._last_words[process] = message
             case Alive():
-                self._coordinator_heard_s = time.monotonic()
+                self._silent_s = 0.0
             case Stalled(worker_id=worker_id):
                 self._replace_stalled(worker_id)
             case StartWorker(lane=lane, share=share):
@@ -294,7 +295,6 @@ class Launcher:
                 self._start_next(lane)
         elif process is self._coordinator:
             self._coordinator_ready = True
-            self._coordinator_heard_s = time.monotonic()
         elif (slot := self._slot_of(process)) is not None:
             slot.is_ready = True
             slot.private_bytes = message.private_bytes
@@ -411,11 +411,16 @@ class Launcher:
                 self._kill(process)
                 self._leaving[process] = math.inf
 
-    def _check_coordinator(self) -> None:
-        """Ends the engine if the coordinator hangs. Only when all that it said has been heard."""
-        silent_s = time.monotonic() - self._coordinator_heard_s
-        if silent_s > COORDINATOR_SILENCE_S and self._coordinator is not None:
-            self._end(EngineError(f"the coordinator has been silent for {silent_s:.0f} s"))
+    def _check_coordinator(self, *, has_heard_all: bool) -> None:
+        """Ends the engine if the coordinator hangs. Time in which this process was stopped itself
+        does not count."""
+        now = time.monotonic()
+        self._silent_s += min(now - self._checked_s, 2 * _TICK_S)
+        self._checked_s = now
+        if self._coordinator is None or not self._coordinator_ready:
+            self._silent_s = 0.0
+        elif has_heard_all and self._silent_s > COORDINATOR_SILENCE_S:
+            self._end(EngineError(f"the coordinator has been silent for {self._silent_s:.0f} s"))
             self._coordinator.kill()
 
     def _check_outages(self) -> None:

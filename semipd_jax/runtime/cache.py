@@ -63,7 +63,11 @@ def enable_cache(directory: str | None, platform: Platform) -> Path:
 def fingerprint(platform: Platform) -> dict[str, str]:
     """What machine code depends on besides what JAX looks at: the device as this process sees it
     (its visible SMs follow the share), the host's instruction set, the packages that compile, the
-    driver, and settings in the environment."""
+    driver, and settings in the environment.
+
+    On a CPU, shares have programs in common: what is compiled for one core and for two differs in
+    nothing but that number (jax 0.11.2).
+    """
     device = jax.devices()[0]
     found = {"kind": device.device_kind, "client": device.client.platform_version}
     if platform == "cuda":

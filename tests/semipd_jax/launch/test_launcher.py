@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -192,3 +194,11 @@ def test_stop_from_a_progress_report():
         launcher.start()
     assert launcher.finished.is_set()
     assert not children()
+
+
+def test_a_launcher_that_was_stopped_itself_finds_no_fault(launcher, failures, monkeypatch):
+    """As when a debugger held it: a minute has gone by that it did not see."""
+    asleep = SimpleNamespace(monotonic=lambda: time.monotonic() + 60.0)
+    monkeypatch.setattr("semipd_jax.launch.launcher.time", asleep)
+    assert not launcher.finished.wait(3)
+    assert failures == []
