@@ -130,17 +130,20 @@ def _end(launcher: Launcher, events: "queue.SimpleQueue[_Event]") -> None:
 def _announce(
     launcher: Launcher, config: EngineConfig, layout: MemoryLayout, seconds: float
 ) -> None:
-    """Says where and how to send a first request, whatever the log level."""
+    """Says where and how to send a first request; to a person, whatever the log level."""
     tokens = (layout.num_pages - 1) * layout.page_size
     most = tokens / layout.max_model_len
-    http = f"\nOpenAI API: {launcher.http_address}/v1" if launcher.http_address else ""
-    print(
+    url = launcher.http_address
+    http = f"\nOpenAI API: {url}/v1; live view: {url}/dashboard" if url else ""
+    text = (
         f"KV cache: {tokens:,} tokens; room for {most:.1f} requests of {layout.max_model_len:,}\n"
         f"{config.model.name} is served at {launcher.address} after {seconds:.1f} s; try:\n"
-        f'  python -m semipd_server.client --target {launcher.address} "def main():"{http}',
-        file=sys.stderr,
-        flush=True,
+        f'  python -m semipd_server.client --target {launcher.address} "def main():"{http}'
     )
+    if config.log_format == "json":
+        _log.info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 class _ProgressLog:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_coordinator import layout
 
-from semipd_jax import serve
+from semipd_jax import options, serve
 from semipd_jax.config import EngineConfig
 from semipd_jax.demo import MODEL_DIR
+from semipd_jax.launch.launcher import Launcher
 from semipd_server import cli
 from semipd_server.settings import KEY_VARIABLE, Settings
 
@@ -132,3 +134,21 @@ def test_versions(capsys: pytest.CaptureFixture[str]):
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["sreve"]) == 2
     assert "command is 'sreve'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_server_says_where_it_is(
+    form: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "semipd_jax.serve")
+    config = options.build_config(str(MODEL_DIR), served_model_name="demo", log_format=form)
+    launcher = Launcher(config)
+    launcher.address, launcher.http_address = "127.0.0.1:1", "http://127.0.0.1:2"
+    serve._announce(launcher, config, layout(max_model_len=160), 1.5)
+    told, logged = capsys.readouterr().err, caplog.text
+    if form == "json":
+        told, logged = logged, told
+    assert "KV cache: 1,600 tokens; room for 10.0 requests of 160" in told
+    assert "demo is served at 127.0.0.1:1 after 1.5 s" in told
+    assert "http://127.0.0.1:2/v1; live view: http://127.0.0.1:2/dashboard" in told
+    assert logged == ""
