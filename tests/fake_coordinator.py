@@ -124,9 +124,11 @@ class FakeCoordinator:
             self.step()
             await asyncio.sleep(interval_s)
 
-    async def until(self, condition: Callable[[], bool], *, stepping: bool = True) -> None:
+    async def until(
+        self, condition: Callable[[], bool], *, stepping: bool = True, timeout_s: float = 10.0
+    ) -> None:
         """Takes messages (and steps) until `condition` holds."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(timeout_s):
             while not condition():
                 self.step() if stepping else self.receive()
                 await asyncio.sleep(0.0005)

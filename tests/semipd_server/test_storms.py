@@ -18,6 +18,7 @@ from semipd_server.pb import inference_pb2_grpc as pb_grpc
 
 NUM_STREAMS = 1000
 NUM_TOKENS = 4
+PATIENCE_S = 100.0
 
 
 async def follow(client: AsyncClient, number: int) -> list[int]:
@@ -33,13 +34,14 @@ def test_a_thousand_streams_at_once(start: Start):
     async def main():
         async with start(max_calls=NUM_STREAMS + 100) as rig:
             clients = [AsyncClient(rig.address, retries=0) for _ in range(10)]
-            rig.fake.admits = True
             streams = asyncio.gather(
                 *(follow(clients[i % len(clients)], i) for i in range(NUM_STREAMS))
             )
-            await rig.fake.until(lambda: len(rig.fake.running) == NUM_STREAMS, stepping=False)
-            found = await while_serving(rig, streams)
-            for number, tokens in enumerate(found):
+            await rig.fake.until(
+                lambda: len(rig.fake.running) == NUM_STREAMS, stepping=False, timeout_s=PATIENCE_S
+            )
+            await rig.fake.until(streams.done, timeout_s=PATIENCE_S)
+            for number, tokens in enumerate(streams.result()):
                 first = 2 + (2 + number % 90 + 5) % 95
                 assert tokens[0] == first, "streams are mixed up"
                 assert len(tokens) == NUM_TOKENS
