@@ -24,9 +24,13 @@ type Loads = Sequence[Mapping[str, Any]]
 
 def markdown(loads: Loads) -> str:
     parts = [f"{heading(load)}\n" for load in loads]
-    parts += ["Goodput, requests per second and device (95 % interval):\n", goodputs(loads), ""]
+    parts += [
+        "Goodput, requests per second and device (95 % interval of repetitions):\n",
+        goodputs(loads),
+        "",
+    ]
     if ratio_rows := ratios(loads):
-        parts += ["Ratios of goodput (95 % interval):\n", ratio_rows, ""]
+        parts += ["Ratios of goodput (95 % interval of repetitions):\n", ratio_rows, ""]
     for load in loads:
         better = load.get("better_statics")
         if better is not None:
@@ -68,13 +72,18 @@ def ratios(loads: Loads) -> str:
 def _goodput(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "-"
-    low, high = result["interval"]
-    return f"{result['goodput']:.2f} ({low:.2f}-{high:.2f})"
+    return _with_interval(result["goodput"], result["interval"], len(result["seeds"]))
 
 
 def _ratio(systems: Mapping[str, Any], above: str, below: str) -> str:
     if not {above, below} <= systems.keys() or not systems[below]["goodput"]:
         return "-"
     ratio = systems[above]["goodput"] / systems[below]["goodput"]
-    low, high = ratio_interval(*(rates_by_seed(systems[name]) for name in (above, below)))
-    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
+    rates = [rates_by_seed(systems[name]) for name in (above, below)]
+    return _with_interval(ratio, ratio_interval(*rates), len(rates[0]))
+
+
+def _with_interval(value: float, interval: Sequence[float], num_seeds: int) -> str:
+    """Nothing is known about the spread of a single seed."""
+    low, high = interval
+    return f"{value:.2f} ({low:.2f}-{high:.2f})" if num_seeds > 1 else f"{value:.2f}"
