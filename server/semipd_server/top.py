@@ -117,7 +117,7 @@ def _shares(engine: Engine) -> Table:
     add("prefill", engine.prefill, "blue")
     add("decode", engine.decode, "green")
     table.add_row("", f"{engine.prefill.switches + engine.decode.switches} switches", "")
-    table.add_row("policy", engine.policy, "")
+    table.add_row("policy", Text(engine.policy), "")
     return table
 
 
