@@ -16,6 +16,7 @@ from benchmarks.goodput.search import highest, take_turns
 from benchmarks.goodput.tables import agreement, goodputs, ratios
 from benchmarks.load import GeneratorHealth, LoadRun
 from benchmarks.metrics import Arrival, RequestRecord
+from semipd_jax import serve
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.systems import parse
@@ -195,6 +196,7 @@ def test_agreement_is_of_what_both_have():
 )
 def test_systems_are_flags_of_a_server(name, flags):
     assert flags_of(parse(name), TARGETS.default, (0.5, 1.0), Path("p.json")) == flags.split()
+    serve._parser("serve").parse_args(flags.split())
 
 
 def test_disaggregation_is_no_single_server():
