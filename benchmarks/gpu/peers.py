@@ -10,8 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from semipd_jax.config import Platform
-from semipd_jax.messages import Phase
+from semipd_jax.config import Lane, Platform
 from semipd_jax.shares import backend as shares
 from semipd_jax.storage.backend import worker_environment
 
@@ -91,9 +90,9 @@ def answer(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def take_share(platform: Platform, share: float, phase: Phase, terms: Mapping[str, str]) -> Any:
+def take_share(platform: Platform, share: float, lane: Lane, terms: Mapping[str, str]) -> Any:
     """In a peer, before jax is imported: the environment of a worker. Returns its grant."""
-    grant = shares.apply(platform, share, phase, terms)
+    grant = shares.apply(platform, share, lane, terms)
     for name, value in worker_environment(platform, _MEMORY_FRACTION).items():
         os.environ.pop(name, None)
         if value is not None:

@@ -35,7 +35,9 @@ def main(job: Job) -> None:
     spec = load_spec(job.config.model.path)
     plan = _plan(job, spec, whole.memory_bytes)
     buckets = lane_buckets(job.lane, plan.layout, job.config.scheduler)
-    programs = [(kind, bucket) for kind, some in buckets.items() for bucket in some]
+    programs: list[tuple[Kind, StepBucket]] = [
+        (kind, bucket) for kind, some in buckets.items() for bucket in some
+    ]
     _say(Progress(stage="compile", done=0, total=len(programs)))
     for kind, bucket in programs:
         started_s = time.monotonic()

@@ -10,7 +10,7 @@ from semipd_jax.errors import StartupError
 from semipd_jax.messages import MemoryLayout
 from semipd_jax.models import module
 from semipd_jax.models.registry import load_spec
-from semipd_jax.runtime.buckets import lane_buckets
+from semipd_jax.runtime.buckets import Kind, StepBucket, lane_buckets
 from semipd_jax.runtime.cache import enable_cache
 from semipd_jax.runtime.compile import CompileCounter
 from semipd_jax.runtime.runner import StepRunner
@@ -58,9 +58,11 @@ def build_runner(
     _check_params(params, expected)
     state = module.nest(region_arrays(mapped[STATE]))
     layers = [state["layers"][i] for i in range(spec.num_layers)]
-    buckets = lane_buckets(lane, layout, config.scheduler)
-    if largest_only:
-        buckets = {kind: of_kind[-1:] for kind, of_kind in buckets.items()}
+    first = -1 if largest_only else 0
+    buckets: dict[Kind, tuple[StepBucket, ...]] = {
+        kind: of_kind[first:]
+        for kind, of_kind in lane_buckets(lane, layout, config.scheduler).items()
+    }
     num_programs = sum(map(len, buckets.values()))
 
     runner = StepRunner(
