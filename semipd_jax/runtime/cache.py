@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform as host
+import re
 import stat
 from collections.abc import Mapping
 from importlib import metadata
@@ -22,8 +23,8 @@ from semipd_jax.errors import ConfigError
 
 _HIT_EVENT: Final = "/jax/compilation_cache/cache_hits"
 _MISS_EVENT: Final = "/jax/compilation_cache/cache_misses"
-_PACKAGES: Final = ("jax", "jaxlib", "jax-cuda", "nvidia-")
-"""Beginnings of the names of packages that take part in compiling or are called by programs."""
+_PACKAGES: Final = re.compile(r"jax|jaxlib|jax-cuda.*|nvidia-.*")
+"""Names of packages that take part in compiling or are called by programs."""
 
 _VARIABLES: Final = ("NVIDIA_TF32_OVERRIDE", "MOSAIC_GPU_")
 """Beginnings of the names of environment variables that change machine code or its choice."""
@@ -94,7 +95,7 @@ def _check_private(path: Path) -> None:
 
 def _packages() -> dict[str, str]:
     names = {dist.name: dist.version for dist in metadata.distributions() if dist.name}
-    return {name: version for name, version in names.items() if name.startswith(_PACKAGES)}
+    return {name: version for name, version in names.items() if _PACKAGES.fullmatch(name)}
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:

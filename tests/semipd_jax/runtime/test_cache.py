@@ -106,6 +106,7 @@ def test_fingerprint_of_this_machine():
     found = fingerprint("cpu")
     assert {"kind", "client", "cpu", "jax", "jaxlib"} <= found.keys()
     assert found["jax"] == jax.__version__
+    assert "jaxtyping" not in found
     assert "avx" in found["cpu"] or "aarch64" in found["cpu"]
     assert found == fingerprint("cpu")
 
