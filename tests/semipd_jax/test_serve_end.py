@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 
 from semipd_jax import serve
+from semipd_jax.config import EngineConfig, ModelConfig
+from semipd_jax.launch.launcher import Launcher
 
 TIMEOUT_S = 10.0
 
 
-class FakeLauncher:
+class FakeLauncher(Launcher):
     """Draining or stopping takes until it is allowed to end, or everything is killed."""
 
     def __init__(self, slow: str) -> None:
+        super().__init__(EngineConfig(model=ModelConfig(path="absent")))
         self.done: list[str] = []
         self._slow = slow
         self._go_on = threading.Event()
@@ -41,7 +44,7 @@ class FakeLauncher:
 
 
 def end(launcher: FakeLauncher, events: "queue.SimpleQueue[Any]") -> threading.Thread:
-    ending = threading.Thread(target=lambda: serve._end(launcher, events), daemon=True)  # pyright: ignore
+    ending = threading.Thread(target=lambda: serve._end(launcher, events), daemon=True)
     ending.start()
     return ending
 
