@@ -29,7 +29,6 @@ from benchmarks.metrics import OK, itl_s, tpot_s, ttft_s
 from benchmarks.semipd import running_server, sender
 from benchmarks.workload import PlannedRequest, replayed
 from semipd_jax.config import require
-from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator.arrivals import poisson
 from semipd_jax.simulator.traces import TraceRow
@@ -225,10 +224,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default=str(MODEL_DIR), help="directory of the model to serve [the demo's]")
+    add("--model", required=True, help="directory of the model to serve")
     add("server", nargs="*", help="after --: flags of every server")
     add("--system", action="append", help=f"name: flags; may be repeated [{'; '.join(_SYSTEMS)}]")
-    add("--repeat", type=int, default=3, help="turns of each mode, with a seed each [3]")
+    add("--repeat", type=int, default=3, help="turns of each system, with a seed each [3]")
     add("--seed", type=int, default=0, help="of the first arrivals and prompts [0]")
     add("--timeout", type=float, default=600.0, help="seconds for any one wait [600]")
     add("--json", type=Path, help="write the result to this file")
