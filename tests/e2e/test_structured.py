@@ -89,7 +89,7 @@ def test_forms_hold_among_others_through_preemption_and_the_loss_of_workers(comp
     async def kill_workers(running: asyncio.Future) -> int:
         num_kills = 0
         for phase in ("decode", "prefill", "decode"):
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.1)
             worker = engine_processes().get(f"{phase} worker 1.00")
             if worker is not None and not running.done():
                 worker.kill()
