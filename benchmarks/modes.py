@@ -142,7 +142,8 @@ def _turn(args: argparse.Namespace, system: str, mix: Mix, seed: int) -> Turn:
             lambda rate: outcome_of(run(load.at(rate)), {}),
             SloTargets(target, attainment=args.slo_target),
             seed,
-            start_rate=args.rate,
+            start=args.rate,
+            least=args.least_rate,
             precision=args.precision,
         )
     if failed := [r.status for r in records if r.status != OK]:
@@ -243,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     goal("--slo-ttft-ms", type=float, default=5000.0, help="promised to all requests [5000]")
     goal("--slo-tpot-ms", type=float, default=100.0, help="promised to all requests [100]")
     goal("--slo-target", type=float, default=0.9, help="share of requests that meet both [0.9]")
+    goal("--least-rate", type=float, default=0.1, help="below it, goodput counts as 0 [0.1]")
     goal("--precision", type=float, default=0.1, help="of the rate, relative [0.1]")
     return parser
 
