@@ -78,7 +78,7 @@ def test_what_workers_will_need_is_kept_back(monkeypatch):
     some = cpu.HostMemories().budget(0.9, 5, 1 << 20)
     assert none.available_bytes == 4 << 30
     assert none.available_bytes - some.available_bytes == 5 * (cpu.RUNTIME_BYTES + (1 << 20))
-    assert "1.57 GiB for 5 workers, each 320 MiB for runtime and programs and 1 MiB" in some.detail
+    assert "1.96 GiB for 5 workers, each 400 MiB for runtime and programs and 1 MiB" in some.detail
     assert cpu.HostMemories().budget(0.9, 100, 1 << 20).available_bytes == 0
 
 
