@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 turn = _turn(args, system, mix, seed)
                 turns.append(turn)
                 print(f"{turn.system}, seed {seed}: {turn.goodput:.2f} requests/s", flush=True)
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:
         parser.error(str(error))
     _print(turns)
     if args.json:
