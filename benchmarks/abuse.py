@@ -43,6 +43,7 @@ _STEP_TIME_S: Final = 0.02
 _ROWS: Final = 1100
 _STREAMS: Final = 1000
 _SOCKETS: Final = 200
+_START_S: Final = 3.0
 _MOST_RATIO: Final = 2.0
 _NOTICEABLE_MS: Final = 5.0  # below this, a difference is the machine's noise
 _GROWTH_MIB: Final = 200.0
@@ -55,7 +56,6 @@ class Result:
     kind: str
     itl_p99_ms: float
     front_end_mib: float
-    num_acts: int
 
 
 class Abuse:
@@ -154,35 +154,39 @@ async def _polite(target: str) -> list[float]:
     return gaps
 
 
-async def _beside(abuse: Abuse, act: Callable[[], Awaitable[None]]) -> Result:
-    num_acts = 0
+async def _misbehave(kind: str, target: str, url: str) -> None:
+    """Acts until its process is ended."""
+    act: Callable[[], Awaitable[None]] = getattr(Abuse(target, url), kind)
+    while True:
+        await act()
 
-    async def misbehave() -> None:
-        nonlocal num_acts
-        while True:
-            await act()
-            num_acts += 1
 
-    misbehaving = asyncio.create_task(misbehave())
-    await asyncio.sleep(0.5)
-    streams = await asyncio.gather(*(_polite(abuse.target) for _ in range(_POLITE)))
-    if misbehaving.done():
-        misbehaving.result()
-    misbehaving.cancel()
-    await asyncio.gather(misbehaving, return_exceptions=True)
+async def _beside(kind: str, target: str, url: str) -> Result:
+    """The polite clients, while another process misbehaves."""
+    command = (sys.executable, "-m", "benchmarks.abuse", "--act", kind, target, url)
+    other = await asyncio.create_subprocess_exec(*command)
+    try:
+        await asyncio.sleep(_START_S)
+        streams = await asyncio.gather(*(_polite(target) for _ in range(_POLITE)))
+        if other.returncode is not None:
+            raise RuntimeError(f"{kind} ended with status {other.returncode}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            other.kill()
+        await other.wait()
     gaps = distribution_ms(gap for stream in streams for gap in stream)
     assert gaps is not None
     mib = engine_processes()["front end"].memory_full_info().uss / 2**20
-    return Result(act.__name__, gaps.p99, mib, num_acts)
+    return Result(kind, gaps.p99, mib)
 
 
 def _measure(launcher: Launcher, kinds: Sequence[str]) -> tuple[list[Result], list[str]]:
     assert launcher.address is not None
     assert launcher.http_address is not None
     wait_until_ready(launcher.address, timeout_s=60.0)
-    abuse, results = Abuse(launcher.address, launcher.http_address), list[Result]()
+    results: list[Result] = []
     for kind in ("none", *kinds):
-        results.append(asyncio.run(_beside(abuse, getattr(abuse, kind))))
+        results.append(asyncio.run(_beside(kind, launcher.address, launcher.http_address)))
         print(f"{results[-1]}", file=sys.stderr, flush=True)
     alone, *others = results
     most_ms = max(_MOST_RATIO * alone.itl_p99_ms, alone.itl_p99_ms + _NOTICEABLE_MS)
@@ -206,15 +210,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.abuse", description="Polite clients while others misbehave."
     )
     parser.add_argument("kinds", nargs="*", help=f"which of {', '.join(_KINDS)} [all]")
+    parser.add_argument("--act", nargs=3, help=argparse.SUPPRESS)  # the other process
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args(argv)
+    if args.act:
+        asyncio.run(_misbehave(*args.act))
     if unknown := set(args.kinds) - set(_KINDS):
         parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(_KINDS)}")
     os.environ[STEP_S] = str(_STEP_TIME_S)  # workers inherit it
     with fake_engine(_ROWS, Settings(port=0, http_port=0)) as launcher:
         results, wrong = _measure(launcher, args.kinds or _KINDS)
-    rows = [(r.kind, r.itl_p99_ms, r.front_end_mib, r.num_acts) for r in results]
-    common.print_table(("abuse", "polite ITL p99 ms", "front end MiB", "acts"), rows)
+    rows = [(r.kind, r.itl_p99_ms, r.front_end_mib) for r in results]
+    common.print_table(("abuse", "polite ITL p99 ms", "front end MiB"), rows)
     for problem in wrong:
         print(f"WRONG: {problem}")
     if args.json:
