@@ -9,6 +9,7 @@ import time
 from typing import Final
 
 import numpy as np
+from jaxtyping import Int32
 
 from semipd_jax.child import Child, run_child
 from semipd_jax.messages import (
@@ -18,6 +19,7 @@ from semipd_jax.messages import (
     PrefillStep,
     StepDone,
     StepLogprobs,
+    TokenMasks,
     ToWorker,
     WorkerReady,
 )
@@ -50,6 +52,8 @@ def main(child: Child) -> None:
 def _reply(worker_id: str, step: PrefillStep | DecodeStep, vocab_size: int) -> StepDone:
     num_rows = len(step.rows) // _ROW_BYTES
     tokens = (np.arange(num_rows, dtype=np.int32) + step.step_id * 17) % vocab_size
+    if step.masks is not None:
+        _keep_to(step.masks, tokens)
     return StepDone(
         worker_id,
         step.step_id,
@@ -58,6 +62,13 @@ def _reply(worker_id: str, step: PrefillStep | DecodeStep, vocab_size: int) -> S
         num_compiles=0,
         logprobs=_logprobs(step, num_rows),
     )
+
+
+def _keep_to(masks: TokenMasks, tokens: Int32[np.ndarray, " rows"]) -> None:
+    """Gives constrained rows the first token that their masks allow."""
+    places = np.frombuffer(masks.places, np.int32)
+    words = np.frombuffer(masks.words, np.uint8).reshape(len(places), -1)
+    tokens[places] = np.unpackbits(words, axis=1, bitorder="little").argmax(axis=1)
 
 
 def _logprobs(step: PrefillStep | DecodeStep, num_rows: int) -> StepLogprobs | None:
