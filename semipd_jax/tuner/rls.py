@@ -1,8 +1,11 @@
-"""Recursive least squares that outliers cannot drag along.
+"""Recursive least squares that outliers cannot drag along, and that never forget the prior.
 
 Weighted updates as in Huber's M-estimator: a residual beyond `_CLIP` times the usual one counts
 only as far as that. Residuals are relative to the prediction, so steps of 1 ms and of 1 s count
 alike.
+
+Samples are forgotten, the prior is not: what no sample excites for hours stays where the profile
+put it, instead of wandering with the noise.
 """
 
 from typing import Final
@@ -13,6 +16,8 @@ from jaxtyping import Float64
 _CLIP: Final = 3.0
 _NOISE_VARIANCE: Final = 0.05**2
 _FORGETTING: Final = 0.9995
+_KEPT: Final = 0.5
+"""Part of what the prior says that is never forgotten."""
 _SPREAD_RATE: Final = 0.02
 _INITIAL_SPREAD: Final = 0.1
 
@@ -29,8 +34,10 @@ class RecursiveLeastSquares:
         self, coefficients: Float64[np.ndarray, " k"], uncertainty: Float64[np.ndarray, " k"]
     ) -> None:
         self.coefficients = coefficients.copy()
-        self._covariance = np.diag(uncertainty**2)
-        self._most_covariance = float(np.trace(self._covariance))
+        self._information = np.diag(uncertainty**-2.0)
+        self._vector = self._information @ coefficients
+        self._kept_information = _KEPT * self._information
+        self._kept_vector = _KEPT * self._vector
         self._spread = _INITIAL_SPREAD
 
     def update(self, features: Float64[np.ndarray, " k"], measured: float) -> float:
@@ -40,18 +47,14 @@ class RecursiveLeastSquares:
           (measured - predicted) / predicted, with the prediction before the update.
         """
         predicted = max(float(features @ self.coefficients), 0.01 * measured)
-        x = features / predicted
-        error = measured / predicted - 1
+        x, y = features / predicted, measured / predicted
+        error = y - 1
         weight = min(1.0, _CLIP * self._spread / abs(error)) if error else 1.0
         self._spread += _SPREAD_RATE * (min(abs(error), _CLIP * self._spread) - self._spread)
         self._spread = max(self._spread, 1e-3)
-        direction = self._covariance @ x
-        gain = direction / (_NOISE_VARIANCE * _FORGETTING / weight + x @ direction)
-        residual = measured / predicted - float(x @ self.coefficients)
-        self.coefficients = np.maximum(self.coefficients + gain * residual, 0.0)
-        self._covariance = (self._covariance - np.outer(gain, direction)) / _FORGETTING
-        # Directions that no sample excites would otherwise grow without bound.
-        trace = float(np.trace(self._covariance))
-        if trace > self._most_covariance:
-            self._covariance *= self._most_covariance / trace
+        weighted = weight / _NOISE_VARIANCE * x
+        self._information += (1 - _FORGETTING) * (self._kept_information - self._information)
+        self._information += np.outer(weighted, x)
+        self._vector += (1 - _FORGETTING) * (self._kept_vector - self._vector) + weighted * y
+        self.coefficients = np.maximum(np.linalg.solve(self._information, self._vector), 0.0)
         return error
