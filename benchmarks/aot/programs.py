@@ -15,12 +15,11 @@ from kernels_pallas.kv_write import cases as kv_write_cases
 from kernels_pallas.paged_decode_attention import cases as decode_cases
 from kernels_pallas.paged_prefill_attention import cases as prefill_cases
 from kernels_pallas.rope_kv_write import cases as rope_kv_write_cases
-from semipd_jax.messages import Phase
 from semipd_jax.models import module
 from semipd_jax.models.registry import parse_spec
 from semipd_jax.models.spec import ModelSpec
 from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
-from semipd_jax.runtime.buckets import Bucket
+from semipd_jax.runtime.buckets import Bucket, Kind, MixedBucket, StepBucket
 from semipd_jax.runtime.compile import compile_step
 from semipd_jax.runtime.described_gpu import DescribedGpu
 from semipd_jax.runtime.state import SharedState
@@ -68,9 +67,13 @@ _MAX_LEN: Final = 32768
 _BIAS_WIDTH: Final = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + 3
 _MASK_WIDTH: Final = 128256 // 32
 
-BUCKETS: Final[dict[Phase, Bucket]] = {
-    "prefill": Bucket(2048, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH, _MASK_WIDTH),
-    "decode": Bucket(64, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH, _MASK_WIDTH),
+_PREFILL: Final = Bucket(2048, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH, _MASK_WIDTH)
+_DECODE: Final = Bucket(64, 64, _MAX_LEN // _PAGE_SIZE + 1, _BIAS_WIDTH, _MASK_WIDTH)
+
+BUCKETS: Final[dict[Kind, StepBucket]] = {
+    "prefill": _PREFILL,
+    "decode": _DECODE,
+    "mixed": MixedBucket(decode=_DECODE, prefill=_PREFILL),
 }
 
 
@@ -103,7 +106,7 @@ def find_case(op: str, name: str) -> Any:
     return next(case for case in CASES[op].GPU_BENCHMARKS if case.name == name)
 
 
-def step(phase: Phase, num_layers: int = 32) -> Program:
+def step(kind: Kind, num_layers: int = 32) -> Program:
     """The engine's step of Llama 3.1 8B, sampling included, as a worker compiles it."""
     spec = llama(num_layers)
 
@@ -111,7 +114,7 @@ def step(phase: Phase, num_layers: int = 32) -> Program:
         graphdef, params = module.abstract_params(spec, jnp.bfloat16)
         arguments = gpu.place(params), gpu.place(state(spec))
         with gpu.tracing():
-            return compile_step(phase, graphdef, *arguments, BUCKETS[phase], "cuda")
+            return compile_step(kind, graphdef, *arguments, BUCKETS[kind], "cuda")
 
     return Program(compile_for)
 

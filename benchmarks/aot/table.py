@@ -54,7 +54,7 @@ def compile_all(gpu: GpuName, ops: tuple[str, ...], *, jobs: int) -> tuple[list[
             return executor.submit(compile_in_child, gpu, builder, args)
 
         kernels = {names: start("kernel", *names) for names in kernel_programs(gpu, ops)}
-        steps = {(phase,): start("step", phase, STEP_LAYERS) for phase in programs.BUCKETS}
+        steps = {(kind,): start("step", kind, STEP_LAYERS) for kind in programs.BUCKETS}
         return (
             [
                 _row(names, future, lambda r: kernel_faults(r.pallas_kernels, described.limits))

@@ -47,9 +47,9 @@ def test_kernels_read_no_operand_from_inside_an_array(op):
 
 
 @pytest.mark.parametrize("gpu", LAYERS)
-@pytest.mark.parametrize("phase", programs.BUCKETS)
-def test_steps_stay_in_place_in_one_cuda_graph(gpu, phase):
-    report = compile_in_child(gpu, f"{programs.__name__}:step", (phase, LAYERS[gpu]))
+@pytest.mark.parametrize("kind", programs.BUCKETS)
+def test_steps_stay_in_place_in_one_cuda_graph(gpu, kind):
+    report = compile_in_child(gpu, f"{programs.__name__}:step", (kind, LAYERS[gpu]))
     pool = programs.pool_of(programs.state(programs.llama(LAYERS[gpu])))
     names = [kernel.name for kernel in report.pallas_kernels]
     assert len(set(names)) == len(names), "layers share their kernels"
