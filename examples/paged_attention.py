@@ -4,59 +4,46 @@ A pool of pages holds the keys and values of all sequences; a page table says wh
 part of a sequence. Pages are taken as sequences grow, and nothing is ever moved.
 """
 
-# %% A pool: 32 pages of 16 tokens, 2 key-value heads; page 0 is scratch, where padding points.
-import functools
-
+# %% A pool of 32 pages of 16 tokens, for 2 key-value heads; page 0 is scratch, for padding.
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import kv_write, paged_decode_attention, paged_prefill_attention
 
-NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM, QUERY_HEADS = 32, 2, 16, 64, 8
-k_pages, v_pages = (
-    jnp.zeros((NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM), jnp.bfloat16) for _ in range(2)
-)
-page_table = np.array([[7, 3, 0, 0], [12, 5, 9, 0]], np.int32)  # of two sequences, padded with 0
+PAGE, KV_HEADS, HEADS, DIM = 16, 2, 8, 64
+pools = [jnp.zeros((32, KV_HEADS, PAGE, DIM), jnp.bfloat16) for _ in ("keys", "values")]
+page_table = np.array([[7, 3, 0], [12, 5, 9]], np.int32)  # of two sequences
+lens = np.array([20, 41], np.int32)
+write = jax.jit(kv_write, donate_argnums=(0, 1))  # donated, the pools are updated where they lie
 
 
-def slots(sequence: int, first: int, end: int) -> np.ndarray:
-    """Where the tokens from `first` to `end` of a sequence live in the pool."""
-    positions = np.arange(first, end, dtype=np.int32)
-    return page_table[sequence, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+def slots(sequence, position):
+    """Where a token lives in the pools."""
+    return page_table[sequence, position // PAGE] * PAGE + position % PAGE
 
 
-write = jax.jit(kv_write, donate_argnums=(0, 1))  # donated, the pool is updated where it lies
+def qkv(seed, num_tokens):
+    shape = (num_tokens, HEADS + 2 * KV_HEADS, DIM)
+    heads = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    return jnp.split(heads, (HEADS, HEADS + KV_HEADS), axis=1)
+
 
 # %% Prefill: two prompts of 20 and 41 tokens, one after another on one axis, without padding.
-lens = np.array([20, 41], np.int32)
-keys = jax.random.split(jax.random.key(0), 6)
-normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-q = normal(keys[0], (int(lens.sum()), QUERY_HEADS, HEAD_DIM))
-k, v = (normal(key, (int(lens.sum()), KV_HEADS, HEAD_DIM)) for key in keys[1:3])
-all_slots = np.concatenate([slots(sequence, 0, end) for sequence, end in enumerate(lens)])
-k_pages, v_pages = write(k_pages, v_pages, k, v, all_slots)
-cu_q_lens = np.array([0, 20, 61], np.int32)
-out, lse = paged_prefill_attention(q, k_pages, v_pages, cu_q_lens, page_table, lens)
+q, k, v = qkv(0, 20 + 41)
+position = np.concatenate([np.arange(n, dtype=np.int32) for n in lens])
+pools = write(*pools, k, v, slots(np.repeat((0, 1), lens), position))
+out, _ = paged_prefill_attention(q, *pools, np.array([0, 20, 61], np.int32), page_table, lens)
 
 # %% Decode: one new token for each sequence.
-q1 = normal(keys[3], (2, QUERY_HEADS, HEAD_DIM))
-k1, v1 = (normal(key, (2, KV_HEADS, HEAD_DIM)) for key in keys[4:])
-new_slots = np.concatenate([slots(sequence, end, end + 1) for sequence, end in enumerate(lens)])
-k_pages, v_pages = write(k_pages, v_pages, k1, v1, new_slots)
-out1, _ = paged_decode_attention(q1, k_pages, v_pages, page_table, lens + 1)
+q1, k1, v1 = qkv(1, 2)
+pools = write(*pools, k1, v1, slots((0, 1), lens))
+out1, _ = paged_decode_attention(q1, *pools, page_table, lens + 1)
 
-# %% The same from JAX's own attention, sequence by sequence.
-for sequence, (first, end) in enumerate(((0, 20), (20, 61))):
-    rows = slice(first, end)
-    dense = jax.nn.dot_product_attention(
-        q[None, rows], k[None, rows], v[None, rows], is_causal=True
-    )
-    longer_k, longer_v = (
-        jnp.concatenate([old[rows], new[sequence : sequence + 1]])[None]
-        for old, new in ((k, k1), (v, v1))
-    )
-    dense1 = jax.nn.dot_product_attention(q1[None, sequence : sequence + 1], longer_k, longer_v)
-    np.testing.assert_allclose(*np.float32([out[rows], dense[0]]), atol=0.02)
-    np.testing.assert_allclose(*np.float32([out1[sequence], dense1[0, 0]]), atol=0.02)
+# %% The second sequence by JAX's own attention: its 41 tokens, then the new one after them.
+dense = jax.nn.dot_product_attention(q[None, 20:], k[None, 20:], v[None, 20:], is_causal=True)
+k, v = (jnp.concatenate([old[20:], new[1:]])[None] for old, new in ((k, k1), (v, v1)))
+dense1 = jax.nn.dot_product_attention(q1[None, 1:], k, v)
+for ours, theirs in ((out[20:], dense[0]), (out1[1:], dense1[0])):
+    np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=0.02)
 print(f"{jax.devices()[0].device_kind}: paged and dense attention agree")
