@@ -5,9 +5,8 @@
 1. The coordinator alone, in this process: time for each decode step.
 2. Real processes, one client process with many streams over gRPC, once with workers that answer at
    once and once with workers that pace the load. At once, tokens outrun the front end, which merges
-   what has not been sent: that is the most the chain can carry. Paced, nearly
-   every token should travel as a message of its own, and on time.
-3. The same at once, with an API key on every call and metrics read every second (`--guarded`).
+   what has not been sent: that is the most the chain can carry. Paced, nearly every token should
+   travel as a message of its own, and on time.
 
 The memory owner is the real one, with a tiny random model.
 """
@@ -19,7 +18,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import httpx2
@@ -37,14 +35,12 @@ from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
 from semipd_jax.simulator import arrivals
 from semipd_jax.transport.channels import CLIENTS, Link
 from semipd_server.client import AsyncClient, Client
-from semipd_server.settings import Settings
 
 _STEP_ROWS: Final = (64, 256)
 _STEPS: Final = 1000
 _CONTEXT_LEN: Final = 1024
 _INPUT_LEN: Final = 32
 _TIMEOUT_S: Final = 120.0
-_KEY: Final = "benchmark"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nworkers answer {name}: {args.streams} streams, {args.repeat} repetitions")
         _print_runs(runs)
         result[name] = [asdict(run) for run in runs]
-    if args.guarded:
-        result["guarded"] = _compare_guarded(args)
     if args.json:
         common.write_json(args.json, result)
 
@@ -90,9 +84,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=512, help="tokens of each stream")
     parser.add_argument("--rate", type=float, default=12_000, help="tokens/s of paced workers")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions")
-    parser.add_argument(
-        "--guarded", action="store_true", help="measure what a key and metrics cost, too"
-    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     return parser.parse_args(argv)
 
@@ -110,39 +101,28 @@ def _measure_coordinator() -> dict[int, dict[str, Any]]:
     return {rows: asdict(d) for rows, d in found.items()}
 
 
-def _compare_guarded(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs of two engines by turns: an open one, and one with a key whose metrics are read."""
-    rates: dict[str, list[float]] = {"open": [], "guarded": []}
-    locked = Settings(port=0, http_port=0, api_keys=(_KEY,))
-    with fake_engine(args.streams) as plain, fake_engine(args.streams, locked) as guarded:
-        for _ in range(args.repeat):
-            for name, engine, key in (("open", plain, None), ("guarded", guarded, _KEY)):
-                [run] = asyncio.run(_repeat(engine, args, 1, api_key=key))
-                rates[name].append(run.tokens_per_s)
-    ratio = median(rates["guarded"]) / median(rates["open"])
-    print(f"\nwith a key and metrics: {ratio:.3f} of the tokens/s without")
-    return {"ratio": ratio, "tokens_per_s": rates}
-
-
 def _measure_processes(args: argparse.Namespace, step_s: float) -> list[Run]:
     os.environ[STEP_S] = str(step_s)  # workers inherit it
     try:
         with fake_engine(args.streams) as launcher:
-            return asyncio.run(_repeat(launcher, args, args.repeat))
+            work = repeat(launcher, args.repeat, streams=args.streams, output_len=args.output_len)
+            return asyncio.run(work)
     finally:
         del os.environ[STEP_S]
 
 
-async def _repeat(
-    launcher: Launcher, args: argparse.Namespace, times: int, *, api_key: str | None = None
+async def repeat(
+    launcher: Launcher, times: int, *, streams: int, output_len: int, api_key: str | None = None
 ) -> list[Run]:
+    """Runs of `streams` requests with `output_len` tokens each, after one to warm up, while metrics
+    are read."""
     assert launcher.address is not None
     await asyncio.to_thread(_wait_until_ready, launcher.address, api_key)
     reading = asyncio.create_task(_read_metrics(launcher.http_address, api_key))
     try:
         async with AsyncClient(launcher.address, api_key=api_key, retries=0) as client:
-            await _run(client, launcher.run_dir, args)  # warm-up
-            return [await _run(client, launcher.run_dir, args) for _ in range(times)]
+            await _run(client, launcher.run_dir, streams, output_len)
+            return [await _run(client, launcher.run_dir, streams, output_len) for _ in range(times)]
     finally:
         reading.cancel()
 
@@ -163,11 +143,11 @@ async def _read_metrics(url: str | None, api_key: str | None) -> None:
             await asyncio.sleep(1.0)
 
 
-async def _run(client: AsyncClient, run_dir: str, args: argparse.Namespace) -> Run:
+async def _run(client: AsyncClient, run_dir: str, streams: int, output_len: int) -> Run:
     planned = workload.fixed(
-        arrivals.poisson(args.streams, rate=float("inf"), burstiness=1.0, seed=0),
+        arrivals.poisson(streams, rate=float("inf"), burstiness=1.0, seed=0),
         input_len=_INPUT_LEN,
-        output_len=args.output_len,
+        output_len=output_len,
         vocab_size=checkpoint.TINY["vocab_size"],
         seed=0,
     )

@@ -14,13 +14,18 @@ from semipd_server.settings import Settings
 
 @contextmanager
 def fake_engine(
-    num_streams: int, settings: Settings | None = None, **flags: Any
+    num_streams: int,
+    settings: Settings | None = None,
+    *,
+    front_end: str = "semipd_server.main",
+    **flags: Any,
 ) -> Iterator[Launcher]:
     """Owner, coordinator, front end and fake workers around a tiny random model.
 
     Args:
       num_streams: requests that run at once.
       settings: of the front end; by default gRPC on a free port.
+      front_end: its module.
       flags: further options, by name.
     """
     with tempfile.TemporaryDirectory() as directory:
@@ -36,7 +41,7 @@ def fake_engine(
         extra = (settings or Settings(port=0)).to_extra()
         launcher = Launcher(
             config,
-            front_end=FrontEnd(module="semipd_server.main", extra=extra),
+            front_end=FrontEnd(module=front_end, extra=extra),
             modules=Modules(worker="benchmarks.fake_worker"),
         )
         launcher.start()
