@@ -188,6 +188,7 @@ def main(child: Child) -> None:
 
     def receive() -> list[FromWorker]:
         poller.wait(_TICK_S)
+        child.alive()
         for command in child.receive():
             if isinstance(command, WorkerLost):
                 raise EngineError(f"{command.worker_id} was lost")
@@ -207,6 +208,7 @@ def main(child: Child) -> None:
     child.progress(STAGE, len(plan), len(plan))
     while not child.stopping.is_set():
         child.wait(_TICK_S)
+        child.alive()
         child.receive()
     hub.close()
 

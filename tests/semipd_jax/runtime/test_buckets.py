@@ -29,12 +29,12 @@ def test_every_decode_batch_has_a_bucket_little_larger_than_itself(max_num_seqs)
 )
 def test_every_prefill_step_within_the_limits_has_a_bucket(max_num_seqs, max_num_batched_tokens):
     all_buckets = buckets.prefill_buckets(LAYOUT, max_num_seqs, max_num_batched_tokens)
-    assert len(all_buckets) <= 6
+    assert len(all_buckets) <= 9
     for num_tokens in range(1, max_num_batched_tokens + 1, 7):
         for num_rows in {1, min(num_tokens, max_num_seqs)}:
             buckets.choose(all_buckets, (num_tokens, num_rows))
-    lone = buckets.choose(all_buckets, (max_num_batched_tokens // 8 or 1, 1))
-    assert lone.num_tokens <= max(32, max_num_batched_tokens)
+        lone = buckets.choose(all_buckets, (num_tokens, 1))
+        assert lone.num_tokens <= max(32, 2 * num_tokens - 1)
 
 
 def test_a_step_that_is_too_large_is_refused_with_its_size_and_the_limit():
