@@ -331,8 +331,8 @@ class Percentiles(Message, frozen=True):
 
 
 class RecentRequests(Message, frozen=True):
-    """Requests that ended in the last `window_s`, at most the latest 1024. Times are seconds; None
-    if there is nothing to tell."""
+    """Those of `SloCounts` that ended in the last `window_s`, at most the latest 1024. Times are
+    seconds, of requests that were served; None if there is nothing to tell."""
 
     window_s: float
     num_ended: int
@@ -342,7 +342,9 @@ class RecentRequests(Message, frozen=True):
 
 
 class SloCounts(Message, frozen=True):
-    """Requests that ended, except those that their client aborted; failed ones met nothing."""
+    """Requests that ended. Those that failed, or were turned away because there was no room, met
+    nothing; nor did those whose client left after a promise was broken. Those whose client left
+    before, and those that can never be served, are not counted."""
 
     num_ended: int
     num_met: int  # both targets
@@ -364,7 +366,7 @@ class Stats(Message, frozen=True, kw_only=True):
     time_s: float  # on the coordinator's clock
     partition: Partition
     num_running: int
-    num_waiting: int
+    num_waiting: int  # in the queue, or for their grammars
     num_pages: int
     num_free_pages: int  # of no request; those of them that are cached are given up when needed
     num_quarantined_pages: int

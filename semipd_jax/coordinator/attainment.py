@@ -24,16 +24,26 @@ class Attainment:
         self._recent: deque[tuple[float, FinishedRequest | None, bool]] = deque(maxlen=_MAX_RECENT)
 
     def add(self, ending: Ending, targets: SloTargets, now_s: float) -> FinishedRequest | None:
-        """Takes in a request's end; its times, unless its client aborted it or it failed."""
-        has_failed = ending.error is not None
-        if ending.reason is FinishReason.ABORT and not has_failed:
+        """Takes in a request's end; its times, unless its client left or it failed.
+
+        Of a request whose client left, nobody knows how it would have ended: it counts only if a
+        promise was broken by then.
+        """
+        if ending.error is not None:
+            self.missed(now_s)
             return None
-        times = None if has_failed else finished_request(ending)
-        is_met = times is not None and self._judge(times, targets.of(times.priority))
-        self._num_ended += 1
-        self._num_met += is_met
-        self._recent.append((now_s, times, is_met))
+        times = finished_request(ending)
+        target = targets.of(times.priority)
+        if ending.reason is FinishReason.ABORT:
+            if not target.is_met(ttft_s=times.ttft_s, tpot_s=times.tpot_s):
+                self.missed(now_s)
+            return None
+        self._take(now_s, times, is_met=self._judge(times, target))
         return times
+
+    def missed(self, now_s: float) -> None:
+        """A request failed, or was turned away because there was no room for it."""
+        self._take(now_s, None, is_met=False)
 
     def counts(self) -> SloCounts:
         return SloCounts(self._num_ended, self._num_met, self._num_ttft_met, self._num_tpot_met)
@@ -49,6 +59,11 @@ class Attainment:
             _percentiles([times.ttft_s for times in served]),
             _percentiles([times.tpot_s for times in served if times.tpot_s is not None]),
         )
+
+    def _take(self, now_s: float, times: FinishedRequest | None, *, is_met: bool) -> None:
+        self._num_ended += 1
+        self._num_met += is_met
+        self._recent.append((now_s, times, is_met))
 
     def _judge(self, times: FinishedRequest, target: SloTarget) -> bool:
         in_time = target.ttft_is_met(times.ttft_s)

@@ -120,7 +120,8 @@ class Coordinator:
             case GetStats(query_id=query_id):
                 partition = partition_of(self._shares, self._lanes, now)
                 args = (query_id, self._counts, partition, self._scheduler, self._shares, now)
-                self._to_client(client, stats_of(*args))
+                stats = stats_of(*args, num_compiling=len(self._compiling))
+                self._to_client(client, stats)
             case SetPartition() | SetSlo():
                 self._change(client, message)
 
@@ -208,7 +209,7 @@ class Coordinator:
         if refusal is None:
             self._send_steps()
         else:
-            self._to_client(client, Refused(handle, refusal))
+            self._turn_away(client, handle, refusal)
 
     def _compile(self, client: str, handle: int, request: Request) -> None:
         """The request is queued when its grammar is compiled."""
@@ -218,10 +219,15 @@ class Coordinator:
             self._to_client(client, Refused(handle, text, field))
         elif len(self._compiling) >= (most := self._scheduler.state.limits.max_num_queued_reqs):
             text = f"{most} grammars are being compiled already, the most allowed; try again"
-            self._to_client(client, Refused(handle, text))
+            self._turn_away(client, handle, text)
         else:
             self._compiling[client, handle] = self._clock()
             self._grammars.compile(client, handle, request)
+
+    def _turn_away(self, client: str, handle: int, reason: str) -> None:
+        """There is no room, which is no fault of the client's: it misses what was promised."""
+        self._counts.attainment.missed(self._clock())
+        self._to_client(client, Refused(handle, reason))
 
     def _compiled(self, made: Compiled) -> None:
         client, handle = made.client, made.handle

@@ -71,7 +71,10 @@ def stats_of(
     scheduler: Scheduler,
     shares: ShareControl[Any],
     now_s: float,
+    *,
+    num_compiling: int,
 ) -> Stats:
+    """`num_compiling` requests wait for their grammars, before the queue."""
     state, times = scheduler.state, counts.plan_times
     errors = {p: PredictionError(e.count, e.total) for p, e in shares.errors.items()}
     return Stats(
@@ -79,7 +82,7 @@ def stats_of(
         time_s=now_s,
         partition=partition,
         num_running=len(state.requests) - len(state.waiting),
-        num_waiting=len(state.waiting),
+        num_waiting=len(state.waiting) + num_compiling,
         num_pages=state.limits.num_pages - 1,
         num_free_pages=state.pages.num_available,
         num_quarantined_pages=state.quarantine.num_pages,

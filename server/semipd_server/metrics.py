@@ -55,7 +55,7 @@ _REQUEST_HISTOGRAMS: Final = (
 )
 _ENGINE_GAUGES: Final = (
     ("num_requests_running", "Requests that hold a row", "num_running"),
-    ("num_requests_waiting", "Requests in the queue", "num_waiting"),
+    ("num_requests_waiting", "Requests in the queue, or that wait for a grammar", "num_waiting"),
     ("kv_cached_pages", "KV pages that the prefix cache can find", "num_cached_pages"),
     ("coordinator_step_seconds_mean", "Coordinator's time per reply, mean", "mean_plan_s"),
     ("coordinator_step_seconds_max", "Coordinator's time per reply, longest", "max_plan_s"),
@@ -172,7 +172,8 @@ class _Names:
         yield self._by_word("partition_changes", "Steps at another share", "phase", changes)
 
     def _of_promises(self, stats: Stats) -> Iterator[Metric]:
-        """Without a promise there is no target, and every request that did not fail met it."""
+        """Without a promise there is no target, and every request that was served met it. What
+        counts as a request: see `messages.SloCounts`."""
         default, slo, recent = stats.partition.slos[0], stats.slo, stats.recent
         targets = {
             (name,): ms / 1e3
@@ -185,7 +186,8 @@ class _Names:
         )
         met = {"ttft": slo.num_ttft_met, "tpot": slo.num_tpot_met, "both": slo.num_met}
         yield self._by_word("slo_met_requests", "Requests that met a target", "slo", met)
-        yield self._counter("slo_requests", "Requests that had a target to meet", slo.num_ended)
+        text = "Requests that had a target to meet, also those that failed or found no room"
+        yield self._counter("slo_requests", text, slo.num_ended)
         text = "Requests that met both targets"
         yield self._counter("goodput_requests", text, slo.num_met)
         text = f"Share of the requests of the last {recent.window_s:.0f} s that met both targets"

@@ -48,6 +48,8 @@ def ended(
         (ended(prefill_s=0.5, priority=5), SloCounts(1, 1, 1, 1)),
         (ended(error="a worker died", reason=FinishReason.ABORT), SloCounts(1, 0, 0, 0)),
         (ended(reason=FinishReason.ABORT), SloCounts(0, 0, 0, 0)),
+        (ended(reason=FinishReason.ABORT, prefill_s=0.2, num_tokens=0), SloCounts(1, 0, 0, 0)),
+        (ended(reason=FinishReason.ABORT, decode_s=0.2), SloCounts(1, 0, 0, 0)),
     ],
 )
 def test_each_request_is_judged_by_what_it_was_promised(ending, counts):
@@ -66,6 +68,14 @@ def test_recent_requests_are_those_of_the_window():
     assert recent.ttft_s.p90 == pytest.approx(0.093)
     assert recent.num_met == recent.num_ended
     assert attainment.counts().num_ended == 100
+
+
+def test_requests_that_are_turned_away_are_misses():
+    attainment = Attainment()
+    attainment.missed(0.0)
+    assert attainment.counts() == SloCounts(1, 0, 0, 0)
+    recent = attainment.recent(1.0)
+    assert (recent.num_ended, recent.num_met, recent.ttft_s) == (1, 0, None)
 
 
 def test_failed_requests_are_recent_misses_without_times():

@@ -13,6 +13,7 @@ from semipd_jax.messages import (
     GetStats,
     PrefillStep,
     Refused,
+    SloCounts,
     Stalled,
     Stats,
     WorkerReady,
@@ -139,6 +140,18 @@ def test_stats_count_what_happened(engine):
     assert (stats.query_id, stats.num_prefill_steps, stats.num_decode_steps) == (7, 1, 3)
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_pages == stats.num_pages == LIMITS.num_pages - 1
+
+
+def test_requests_that_find_no_room_miss_what_was_promised():
+    engine = Engine()
+    for handle in range(LIMITS.max_num_queued_reqs + 2):
+        engine.submit(handle)
+    engine.coordinator.from_client("c", GetStats(7))
+    *refused, stats = engine.clients.messages["c"]
+    assert [type(message) for message in refused] == [Refused, Refused]
+    assert stats.num_waiting == LIMITS.max_num_queued_reqs
+    assert stats.slo == SloCounts(2, 0, 0, 0)
+    assert (stats.recent.num_ended, stats.recent.num_met) == (2, 0)
 
 
 def test_cached_tokens_are_announced_and_counted(engine):

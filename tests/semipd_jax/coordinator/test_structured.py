@@ -11,7 +11,7 @@ from tiny_tokenizers import byte_level_bpe
 
 from semipd_jax.coordinator.structured import Compiled, GrammarThreads, Masked
 from semipd_jax.grammar.grammars import Grammars
-from semipd_jax.messages import Abort, Refused
+from semipd_jax.messages import Abort, GetStats, Refused, Stats
 from semipd_jax.request import FinishReason, Request, SamplingParams, StructuredOutputs
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import Limits
@@ -108,12 +108,18 @@ def test_a_worker_that_dies_with_a_constrained_row_changes_no_token(engine):
     assert engine.received()[0] == {h: expected(r) for h, r in requests.items()}
 
 
+def stats_of(engine: Engine) -> Stats:
+    engine.coordinator.from_client("c", GetStats(7))
+    return engine.clients.messages["c"][-1]
+
+
 def test_a_wrong_form_is_refused_by_field(engine):
     engine.submit(1, regex="(")
     engine.coordinator.masks_made()
     assert list(engine.clients.messages["c"]) == [
         Refused(1, "unclosed", "structured_outputs.regex")
     ]
+    assert stats_of(engine).slo.num_ended == 0, "the client's fault is no missed promise"
 
 
 def test_without_grammars_forms_are_refused():
@@ -126,7 +132,9 @@ def test_without_grammars_forms_are_refused():
 def test_an_abort_while_the_grammar_is_compiled_is_answered_once(engine):
     engine.grammars.late = {1}
     engine.submit(1, regex=FORM)
+    assert (stats_of(engine).num_waiting, stats_of(engine).num_running) == (1, 0)
     engine.coordinator.from_client("c", Abort(1))
+    assert stats_of(engine).num_waiting == 0
     engine.grammars.release()
     engine.coordinator.masks_made()
     engine.run()
@@ -143,6 +151,8 @@ def test_grammars_that_are_compiled_are_bounded_in_number(engine):
         engine.submit(handle, regex=FORM)
     [refused] = engine.clients.messages["c"]
     assert (refused.handle, refused.field) == (most, "")
+    stats = stats_of(engine)
+    assert (stats.num_waiting, stats.slo.num_ended, stats.slo.num_met) == (most, 1, 0)
 
 
 # ---------------------------------------------------------------- the threads
