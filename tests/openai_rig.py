@@ -1,6 +1,7 @@
 """OpenAI's own client against the rig."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -41,6 +42,18 @@ async def in_thread[T](rig: Rig, work: Callable[[OpenAI], T]) -> T:
             return work(client)
 
     return await while_serving(rig, asyncio.to_thread(call))
+
+
+def http_bytes(path: str, body: dict[str, Any]) -> bytes:
+    """A whole request, as it is sent."""
+    text = json.dumps(body)
+    lines = (
+        f"POST {path} HTTP/1.1",
+        "host: x",
+        "content-type: application/json",
+        f"content-length: {len(text)}",
+    )
+    return ("\r\n".join((*lines, "", "")) + text).encode()
 
 
 async def collect(stream: Awaitable[Any]) -> list[Any]:

@@ -8,8 +8,10 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health
 
+from semipd_server.status import refusal
+
 REFUSAL: Final = "missing or wrong API key; send the header 'authorization: Bearer <key>'"
-_OPEN_PREFIX: Final = f"/{health.SERVICE_NAME}/"
+_HEALTH_PREFIX: Final = f"/{health.SERVICE_NAME}/"
 
 
 class Keys:
@@ -33,7 +35,8 @@ class Keys:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Ends every call without an accepted key with UNAUTHENTICATED, except health checks."""
+    """Ends every call without an accepted key with UNAUTHENTICATED, except health checks, and those
+    of methods that do not exist, which are UNIMPLEMENTED to everyone."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -45,27 +48,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         metadata = dict(handler_call_details.invocation_metadata or ())
-        is_open = handler_call_details.method.startswith(_OPEN_PREFIX)
+        is_open = handler is None or is_health(handler_call_details.method)
         if is_open or self._keys.allow(_text(metadata.get("authorization"))):
             return handler
-        return _refusal_like(handler)
+        return refusal(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
 
 
-def _refusal_like(handler: Any) -> Any:
-    """A handler of the same kind that refuses."""
-    if handler is None:
-        return grpc.unary_unary_rpc_method_handler(_refuse)
-    if handler.request_streaming and handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(_refuse)
-    if handler.request_streaming:
-        return grpc.stream_unary_rpc_method_handler(_refuse)
-    return grpc.unary_unary_rpc_method_handler(_refuse)
-
-
-async def _refuse(_request: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
+def is_health(method: str) -> bool:
+    """Whether the full name of a gRPC method is one of the health checks'."""
+    return method.startswith(_HEALTH_PREFIX)
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Counts of gRPC calls by method and status, also of those that never reached a servicer."""
+"""Counts of gRPC calls by method and status, and a limit of those that run."""
 
 import asyncio
 import inspect
@@ -9,6 +9,11 @@ from typing import Any, Final
 
 import grpc
 
+from semipd_server.auth import is_health
+from semipd_server.status import refusal
+
+_KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+_FULL: Final = "too many calls are running; try again"
 _UNKNOWN: Final = "unknown"  # a name that a client made up is no label
 
 
@@ -17,6 +22,7 @@ class Calls:
 
     Attributes:
       ended: "/package.Service/Method" and the name of a status code → number.
+      num_running: those that are no health checks.
     """
 
     def __init__(self) -> None:
@@ -26,7 +32,8 @@ class Calls:
     @contextmanager
     def counted(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]"):
         """Around one call."""
-        self.num_running += 1
+        weight = 0 if is_health(method) else 1
+        self.num_running += weight
         status = grpc.StatusCode.INTERNAL
         try:
             yield
@@ -40,15 +47,22 @@ class Calls:
             status = _status(context, grpc.StatusCode.INTERNAL)
             raise
         finally:
-            self.num_running -= 1
+            self.num_running -= weight
             self.ended[method, status.name] += 1
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Has every call with one request counted. Goes before the interceptors that refuse."""
+    """Has every call counted, and refuses new ones while `max_running` run. Health checks are never
+    refused: a server that is busy is well. Goes before the interceptors that refuse.
 
-    def __init__(self, calls: Calls) -> None:
+    A call runs from when its message is there until its servicer is done with it. gRPC's own limit
+    also counts calls whose client never ends its message or never reads its answers: a few such
+    clients would lock all others out.
+    """
+
+    def __init__(self, calls: Calls, max_running: int) -> None:
         self._calls = calls
+        self._max_running = max_running
 
     async def intercept_service(
         self,
@@ -59,11 +73,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None:
             self._calls.ended[_UNKNOWN, grpc.StatusCode.UNIMPLEMENTED.name] += 1
-        elif handler.unary_unary is not None:
-            return handler._replace(unary_unary=self._unary(method, handler.unary_unary))
-        elif handler.unary_stream is not None:
-            return handler._replace(unary_stream=self._stream(method, handler.unary_stream))
-        return handler
+            return None
+        if self._calls.num_running >= self._max_running and not is_health(method):
+            handler = refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, _FULL)
+        kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
+        count = self._stream if handler.response_streaming else self._unary
+        return handler._replace(**{kind: count(method, getattr(handler, kind))})
 
     def _unary(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Any:
         async def call(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:

@@ -18,6 +18,7 @@ from semipd_server.control_convert import partition_message, stats_message
 from semipd_server.gate import Gate
 from semipd_server.pb import control_pb2 as pb
 from semipd_server.pb import control_pb2_grpc as pb_grpc
+from semipd_server.servicer import send
 from semipd_server.status import abort_with
 
 type Context = grpc.aio.ServicerContext[Any, Any]
@@ -28,7 +29,6 @@ _MAX_PATH_BYTES: Final = 107  # sun_path, with its final zero
 _MAX_CALLS: Final = 64
 _MAX_MESSAGE_BYTES: Final = 4096
 _INTERVAL_MS: Final = (100, 60_000)
-_WRITE_TIMEOUT_S: Final = 60.0
 _FLUSH_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 1.0
 
@@ -93,8 +93,7 @@ class ControlServicer(pb_grpc.ControlServiceServicer):
             raise InvalidRequestError(text, field="interval_ms")
         while True:
             stats = await self._gate.engine.client.stats()
-            async with asyncio.timeout(_WRITE_TIMEOUT_S):
-                await context.write(pb.WatchPartitionResponse(stats=stats_message(stats)))
+            await send(context, pb.WatchPartitionResponse(stats=stats_message(stats)))
             await asyncio.sleep(interval_ms / 1000)
 
 

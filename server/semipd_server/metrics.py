@@ -138,7 +138,11 @@ class _Names:
             yield self._histogram(name, text, getattr(seen, attribute))
 
     def of_calls(self, calls: Calls) -> Iterator[Metric]:
-        yield self._gauge("grpc_calls_running", "gRPC calls that have not ended", calls.num_running)
+        yield self._gauge(
+            "grpc_calls_running",
+            "gRPC calls, but for health checks, that have not ended",
+            calls.num_running,
+        )
         labels = (*_LABELS, "method", "status")
         text = "gRPC calls that ended, by method and status"
         family = CounterMetricFamily(f"{self._prefix}:grpc_calls", text, labels=labels)

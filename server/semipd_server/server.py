@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha import reflection
 
 from semipd_jax.client.prompt import MAX_BYTES_PER_TOKEN
 from semipd_jax.errors import StartupError
-from semipd_server import control
+from semipd_server import control, patience
 from semipd_server.auth import AuthInterceptor, Keys
 from semipd_server.calls import CallInterceptor
 from semipd_server.control import ControlServicer
@@ -25,6 +25,7 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 _MESSAGE_OVERHEAD_BYTES: Final = 1 << 20
 _FLUSH_S: Final = 1.0
+_MS: Final = 1000
 
 
 def max_message_bytes(max_model_len: int) -> int:
@@ -46,7 +47,7 @@ class Server:
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(gate.calls),
+                CallInterceptor(gate.calls, max_rpcs),
                 AuthInterceptor(Keys(settings.api_keys)),
                 MessageInterceptor(),
             ],
@@ -57,10 +58,13 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 # Clients that vanished without a word are found out, and their requests end.
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_time_ms", _MS * patience.PROBE_AFTER_S),
+                ("grpc.keepalive_timeout_ms", _MS * patience.PROBE_ANSWER_S),
+                ("grpc.server_handshake_timeout_ms", int(_MS * patience.FIRST_WORD_S)),
+                # Far above what is served, so that clients are refused rather than kept waiting.
+                ("grpc.max_allowed_incoming_connections", 2 * max_rpcs),
+                ("grpc.max_concurrent_streams", 2 * max_rpcs),
             ],
-            maximum_concurrent_rpcs=max_rpcs,
         )
         pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(gate), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

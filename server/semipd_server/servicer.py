@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, cast
 import grpc
 from google.protobuf.message import Message
 
+from semipd_server import patience
 from semipd_server.convert import event_message, prompt_from, sampling_from
 from semipd_server.gate import Engine, Gate
 from semipd_server.limits import MAX_ENTRIES, check_entries
@@ -22,7 +23,6 @@ from semipd_server.trace_context import set_trace_context
 type Context = grpc.aio.ServicerContext[Any, Any]
 
 _REQUEST_ID_KEY: Final = "x-request-id"
-_WRITE_TIMEOUT_S: Final = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -60,15 +60,30 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
 
 async def send(context: Context, message: Message) -> None:
     """Writes the next message of a stream. If the client has left this moment, or has read nothing
-    for too long, the call is cancelled: nobody would read a status."""
+    for too long, the call is cancelled. In the latter case its status comes after what the client
+    has not read, should it ever read on."""
     try:
-        async with asyncio.timeout(_WRITE_TIMEOUT_S):
+        async with asyncio.timeout(patience.READ_S):
             await context.write(message)
     except grpc.aio.InternalError as error:
         raise asyncio.CancelledError from error
     except TimeoutError as error:
-        _log.warning("a client that read nothing for %.0f s is cut off", _WRITE_TIMEOUT_S)
+        text = f"nothing was read for {patience.READ_S:.0f} s"
+        _log.warning("a call is given up: %s", text)
+        status = asyncio.ensure_future(context.abort(grpc.StatusCode.ABORTED, text))
+        _last_words.add(status)
+        status.add_done_callback(_said)
         raise asyncio.CancelledError from error
+
+
+_last_words: Final[set[asyncio.Future[Any]]] = set()  # the event loop itself keeps no hold of them
+
+
+def _said(status: asyncio.Future[Any]) -> None:
+    """`abort` always raises; by then nobody cares."""
+    _last_words.discard(status)
+    if not status.cancelled():
+        status.exception()
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):

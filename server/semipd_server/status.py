@@ -50,6 +50,15 @@ async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Excep
     await context.abort(status.code, status.details, tuple(metadata))
 
 
+def refusal(code: grpc.StatusCode, text: str) -> Any:
+    """A handler that ends a call of any kind with this status, before its message is read."""
+
+    async def refuse(_requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        await context.abort(code, text)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
 def status_of(error: Exception) -> status_pb2.Status:
     """The rich status of an error that the contract names."""
     message = str(error)[:_MAX_MESSAGE_CHARS]

@@ -124,6 +124,15 @@ def test_no_method_but_health_answers_without_a_key(start: Start):
     asyncio.run(main())
 
 
+def test_who_has_no_key_is_refused_before_its_message_is_read(start: Start):
+    async def main():
+        async with start(settings=LOCKED) as rig:
+            call = rig.channel.stream_stream("/semipd.v1.InferenceService/Generate")()
+            assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(main())
+
+
 def routes_of(rig: Rig) -> list[Route]:
     app = rig.front_end._http._server.config.app._app  # pyright: ignore
     return list(app.routes)

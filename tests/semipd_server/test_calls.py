@@ -71,7 +71,13 @@ def test_refused_calls_are_counted_too(start: Start):
     async def main():
         async with start(settings=Settings(port=0, http_port=0, api_keys=("k",))) as rig:
             await end(rig, generate(rig))
-            assert ended(rig) == {(GENERATE, "UNAUTHENTICATED"): 1}
+            made_up = rig.channel.unary_unary("/made.up.Service/Method")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await made_up(b"")
+            assert ended(rig) == {
+                (GENERATE, "UNAUTHENTICATED"): 1,
+                ("unknown", "UNIMPLEMENTED"): 1,
+            }
 
     asyncio.run(main())
 

@@ -7,6 +7,7 @@ import grpc
 import pytest
 from fake_coordinator import TIMINGS
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from server_rig import EOS, INFO, MAX_MODEL_LEN, Rig, Start, read_all
 
@@ -367,6 +368,11 @@ def test_calls_beyond_the_limit_are_refused(start: Start):
                 await running(rig, call)
             error = await error_of(rig, rig.stub.Generate(request()))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            health: Any = health_pb2_grpc.HealthStub(rig.channel)
+            status = (await health.Check(health_pb2.HealthCheckRequest())).status
+            assert status == health_pb2.HealthCheckResponse.SERVING, "a busy server is well"
+            ended = rig.front_end.gate.calls.ended
+            assert ended["/semipd.v1.InferenceService/Generate", "RESOURCE_EXHAUSTED"] == 1
             for call in calls:
                 call.cancel()
 

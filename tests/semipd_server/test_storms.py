@@ -7,10 +7,10 @@ from typing import Any, cast
 import grpc
 import pytest
 from openai_rig import while_serving
-from server_rig import Rig, Start
+from server_rig import Rig, Start, read_all
 
 from semipd_jax.request import Delta, Event, Finished, FinishReason
-from semipd_server import servicer
+from semipd_server import patience, servicer
 from semipd_server.client import AsyncClient
 from semipd_server.convert import event_message
 from semipd_server.pb import inference_pb2 as pb
@@ -51,19 +51,33 @@ def test_a_thousand_streams_at_once(start: Start):
     asyncio.run(main())
 
 
-def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each message is more than the buffers between a server and its client hold; a client has a
+    second to read one."""
+
     def much(event: Event, request_id: str) -> pb.GenerateResponse:
-        """More than the buffers between a server and its client hold."""
         message = event_message(event, request_id)
         if isinstance(event, Delta):
             message.delta.text = "x" * (1 << 18)
         return message
 
     monkeypatch.setattr(servicer, "event_message", much)
-    monkeypatch.setattr(servicer, "_WRITE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(patience, "READ_S", 1.0)
 
+
+async def say_much(rig: Rig) -> None:
+    """Tokens to everyone, not merged into one message, until a call is given up."""
+    for _ in range(30):
+        rig.fake.step()
+        await asyncio.sleep(0.01)
+    assert rig.fake.running
+    await rig.fake.until(lambda: not rig.fake.running, stepping=False)
+    assert rig.fake.aborted == [FinishReason.ABORT]
+
+
+@pytest.mark.usefixtures("talkative")
+def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(start: Start):
     async def main():
         async with start() as rig:
             sampling = pb.SamplingParams(max_tokens=60, ignore_eos=True)
@@ -72,15 +86,42 @@ def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(
             async with AsyncClient(rig.address) as other:
                 text = await while_serving(rig, other.complete("Hi", max_tokens=3))
             assert len(text) == 3 << 18
-            for _ in range(30):
-                rig.fake.step()
-                await asyncio.sleep(0.01)  # so that tokens are not merged into one message
-            assert rig.fake.running
-            await rig.fake.until(lambda: not rig.fake.running, stepping=False)
-            assert rig.fake.aborted == [FinishReason.ABORT]
+            await say_much(rig)
             ended = rig.front_end.gate.calls.ended
             assert ended["/semipd.v1.InferenceService/Generate", "CANCELLED"] == 1
             stalled.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("talkative")
+def test_a_call_that_is_given_up_makes_room_and_is_told_when_its_client_reads_on(start: Start):
+    async def main():
+        async with start(max_calls=1) as rig:
+            sampling = pb.SamplingParams(max_tokens=60, ignore_eos=True)
+            stalled = rig.stub.Generate(pb.GenerateRequest(text="Hi", sampling=sampling))
+            await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+            await say_much(rig)
+            async with AsyncClient(rig.address, retries=0) as other:
+                assert await while_serving(rig, other.complete("Hi", max_tokens=2))
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing was read for 1 s") as ended:
+                await read_all(stalled)
+            assert ended.value.code() is grpc.StatusCode.ABORTED
+
+    asyncio.run(main())
+
+
+def test_calls_whose_message_never_comes_take_no_room(start: Start):
+    async def main():
+        async with start(max_calls=2) as rig:
+            generate = rig.channel.stream_stream("/semipd.v1.InferenceService/Generate")
+            silent = [generate() for _ in range(3)]
+            for call in silent:
+                await call.wait_for_connection()
+            assert (await rig.client.model_info()).name == "tiny"
+            assert (await rig.stub.GetModelInfo(pb.GetModelInfoRequest())).name == "tiny"
+            for call in silent:
+                call.cancel()
 
     asyncio.run(main())
 

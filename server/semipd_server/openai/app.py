@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from semipd_jax.errors import InvalidRequestError
+from semipd_server import patience
 from semipd_server.auth import Keys
 from semipd_server.dashboard import load_dashboard
 from semipd_server.gate import Engine, Gate
@@ -44,8 +45,6 @@ from semipd_server.openai.tokens import TokenTexts
 
 type Handler = Callable[[Request], Awaitable[ASGIApp]]
 type Prepare[R] = Callable[[Engine, TokenTexts, R], Awaitable[Answer]]
-
-_BODY_TIMEOUT_S: Final = 60.0
 
 
 def build_app(gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int) -> ASGIApp:
@@ -171,14 +170,14 @@ class Routes:
             raise ApiError(415, f"content-type is {media_type!r:.80}; allowed: 'application/json'")
         body = bytearray()
         try:
-            async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async with asyncio.timeout(patience.BODY_S):
                 async for piece in request.stream():
                     body += piece
                     if len(body) > self._max_body_bytes:
                         limit = self._max_body_bytes
                         raise ApiError(413, f"the body is too long; allowed: {limit} bytes")
         except TimeoutError as error:
-            raise ApiError(408, f"the body took longer than {_BODY_TIMEOUT_S:.0f} s") from error
+            raise ApiError(408, f"the body took longer than {patience.BODY_S:.0f} s") from error
         return parse(bytes(body), kind)
 
     def _engine_for(self, model: str) -> Engine:

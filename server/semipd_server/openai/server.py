@@ -11,14 +11,13 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from semipd_jax.errors import StartupError
+from semipd_server import patience
 from semipd_server.auth import Keys
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
 from semipd_server.openai.app import build_app
 from semipd_server.settings import Settings
 
-_FIRST_REQUEST_TIMEOUT_S: Final = 30.0
-_STALL_TIMEOUT_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 75
 _FLUSH_S: Final = 1
 
@@ -36,7 +35,7 @@ class HttpServer:
     """Serves `app`.
 
     Args:
-      max_connections: more are answered with 503.
+      max_connections: more are answered with 503, and more than twice as many not at all.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, *, max_connections: int) -> None:
@@ -71,6 +70,7 @@ class HttpServer:
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _find_out_who_vanished(listener)
             listener.bind((host, port))
             listener.listen()
         except OSError as error:
@@ -97,33 +97,53 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Connection(H11Protocol):
-    """Ends a connection that brings no request, or whose client reads nothing, for too long."""
+def _find_out_who_vanished(listener: socket.socket) -> None:
+    """Connections, which inherit this, end when the other host is gone without a word: while there
+    is nothing to send it is asked now and then, and what was sent must be acknowledged in time."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, patience.PROBE_AFTER_S),
+        (socket.TCP_KEEPINTVL, patience.PROBE_ANSWER_S),
+        (socket.TCP_USER_TIMEOUT, int(1000 * patience.READ_S)),
+    ):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
-    _timer: asyncio.TimerHandle | None = None
+
+class _Connection(H11Protocol):
+    """Ends a connection whose client takes too long: to begin a request, to end its headers, or to
+    read what it is sent."""
+
+    _due: asyncio.TimerHandle | None = None  # the next request
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._timer = self.loop.call_later(_FIRST_REQUEST_TIMEOUT_S, self._expect_request)
+        if self.limit_concurrency and len(self.connections) > 2 * self.limit_concurrency:
+            transport.abort()
+        else:
+            self._due = self.loop.call_later(patience.FIRST_WORD_S, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel()
+        self._due = _cancelled(self._due)
+        self._stalled = _cancelled(self._stalled)
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._due = _cancelled(self._due)
+        elif self._due is None:  # headers have begun
+            self._due = self.loop.call_later(patience.FIRST_WORD_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._cancel()
-        self._timer = self.loop.call_later(_STALL_TIMEOUT_S, self.transport.abort)
+        self._stalled = self.loop.call_later(patience.READ_S, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._cancel()
+        self._stalled = _cancelled(self._stalled)
         super().resume_writing()
 
-    def _expect_request(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
 
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

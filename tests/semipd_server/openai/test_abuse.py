@@ -2,31 +2,19 @@
 
 import asyncio
 import contextlib
-import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_rig import openai_client, request, while_serving
+from openai_rig import http_bytes, openai_client, request, while_serving
 from server_rig import Rig, Start, serving
 from tiny_tokenizers import save_byte_level
 
 from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import load_tokenizer
+from semipd_server import patience
 from semipd_server.openai import reply as reply_module
-from semipd_server.openai import server
-
-
-def http_request(body: dict[str, Any]) -> bytes:
-    text = json.dumps(body)
-    lines = (
-        "POST /v1/completions HTTP/1.1",
-        "host: x",
-        "content-type: application/json",
-        f"content-length: {len(text)}",
-    )
-    return ("\r\n".join((*lines, "", "")) + text).encode()
 
 
 def connections(rig: Rig) -> set[Any]:
@@ -60,7 +48,7 @@ async def still_serves(rig: Rig) -> bool:
 def test_a_connection_without_a_request_is_closed(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ):
-    monkeypatch.setattr(server, "_FIRST_REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(patience, "FIRST_WORD_S", 0.2)
 
     async def main():
         async with start() as rig:
@@ -73,10 +61,53 @@ def test_a_connection_without_a_request_is_closed(
     asyncio.run(main())
 
 
+def test_headers_that_never_end_close_the_connection_of_an_earlier_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    """Each byte of them would put off the end of a connection that is merely kept alive."""
+    monkeypatch.setattr(patience, "FIRST_WORD_S", 0.5)
+
+    async def main():
+        async with start() as rig:
+            with connect(rig) as client:
+                loop = asyncio.get_running_loop()
+                for _ in range(2):  # such connections serve on while their client is quick
+                    client.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+                    answer = b""
+                    while not answer.endswith(b"}"):
+                        answer += await loop.sock_recv(client, 1 << 16)
+                client.send(b"GET /version HTTP/1.1\r\n")
+                closed = asyncio.ensure_future(until_closed(client))
+                with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                    while not closed.done():
+                        client.send(b"a: b\r\n")
+                        await asyncio.sleep(0.05)
+                with contextlib.suppress(ConnectionResetError):
+                    assert await closed == b""
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_a_body_that_never_ends_is_408(start: Start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patience, "BODY_S", 0.2)
+
+    async def main():
+        async with start() as rig:
+            with connect(rig) as client:
+                client.send(http_bytes("/v1/completions", {"prompt": "Hi"})[:-3])
+                answer = await asyncio.get_running_loop().sock_recv(client, 1 << 16)
+                assert answer.startswith(b"HTTP/1.1 408")
+            assert rig.fake.submitted == []
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
 def test_a_client_that_never_reads_loses_its_request_and_delays_nobody(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(server, "_STALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(patience, "READ_S", 1.0)
     body = {"prompt": [5], "n": 16, "max_tokens": 60, "logprobs": 20, "stream": True}
 
     async def main():
@@ -87,7 +118,7 @@ def test_a_client_that_never_reads_loses_its_request_and_delays_nobody(
                 [connection] = connections(rig)
                 ours = connection.transport.get_extra_info("socket")
                 ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-                client.send(http_request(body))
+                client.send(http_bytes("/v1/completions", body))
                 await rig.fake.until(lambda: len(rig.fake.running) == 16, stepping=False)
                 assert await still_serves(rig)
                 await rig.fake.until(lambda: connection not in connections(rig))
@@ -105,7 +136,7 @@ def test_a_queued_stream_is_kept_alive_by_comments(start: Start, monkeypatch: py
     async def main():
         async with start(admits=False) as rig:
             with connect(rig) as client:
-                client.send(http_request(body))
+                client.send(http_bytes("/v1/completions", body))
                 loop, received = asyncio.get_running_loop(), b""
                 await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
                 while received.count(b": keep-alive\n\n") < 3:
@@ -174,7 +205,7 @@ def test_a_vanished_client_aborts(start: Start):
     async def main():
         async with start() as rig:
             client = connect(rig)
-            client.send(http_request({"prompt": [5], "max_tokens": 60}))
+            client.send(http_bytes("/v1/completions", {"prompt": [5], "max_tokens": 60}))
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
             client.close()
             await rig.fake.until(lambda: rig.fake.aborted == [FinishReason.ABORT], stepping=False)
@@ -190,6 +221,14 @@ def test_more_connections_than_allowed_are_told_so(start: Start):
                 await asyncio.sleep(0.001)
             reply = await request(rig, "GET", "/version")
             assert reply.status_code == 503
+            while len(connections(rig)) > 3:
+                await asyncio.sleep(0.001)
+            idle += [connect(rig) for _ in range(3)]
+            while len(connections(rig)) < 6:
+                await asyncio.sleep(0.001)
+            for _ in range(2):
+                with connect(rig) as unheard, contextlib.suppress(ConnectionResetError):
+                    assert await until_closed(unheard) == b""
             for client in idle:
                 client.close()
             while connections(rig):

@@ -1,0 +1,219 @@
+"""Clients whose host disappears: the connection stays open, nothing comes from it any more."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+import pytest
+from openai_rig import http_bytes, request, while_serving
+from server_rig import Rig, Start
+
+from benchmarks.half_open import vanish
+from semipd_jax.request import FinishReason
+from semipd_server import patience
+from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
+
+GENERATE = "/semipd.v1.InferenceService/Generate"
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is the least that the kernel can be told."""
+    monkeypatch.setattr(patience, "PROBE_AFTER_S", 1)
+    monkeypatch.setattr(patience, "PROBE_ANSWER_S", 1)
+    monkeypatch.setattr(patience, "READ_S", 1.5)
+
+
+async def still_serves(rig: Rig) -> bool:
+    assert await while_serving(rig, rig.client.complete("Hi", max_tokens=2))
+    body = {"prompt": "Hi", "max_tokens": 1}
+    return (await request(rig, "POST", "/v1/completions", json=body)).status_code == 200
+
+
+async def until_given_up(rig: Rig, count: int = 1) -> None:
+    """The coordinator is told to end what the client wanted, and takes pages and rows back."""
+    await rig.fake.until(
+        lambda: rig.fake.aborted == [FinishReason.ABORT] * count, stepping=False, timeout_s=20
+    )
+    assert rig.fake.running == {}
+
+
+# ---------------------------------------------------------------- HTTP
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").rsplit(":", 1)
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_an_http_client_that_vanished_loses_its_request(start: Start, is_streaming: bool):
+    """Whether nothing is sent to it, or what is sent is never acknowledged."""
+    body = {"prompt": [5], "max_tokens": 60, "stream": is_streaming}
+
+    async def main():
+        async with start() as rig:
+            with connect(rig.url) as client:
+                client.sendall(http_bytes("/v1/completions", body))
+                await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+                vanish(client)
+                if is_streaming:
+                    rig.fake.step()
+                await until_given_up(rig)
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_an_http_client_that_is_only_silent_keeps_its_request(start: Start):
+    async def main():
+        async with start(admits=False) as rig:
+            with connect(rig.url) as client:
+                client.sendall(http_bytes("/v1/completions", {"prompt": [5], "max_tokens": 2}))
+                await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+                silence = asyncio.ensure_future(asyncio.sleep(4 * patience.PROBE_AFTER_S))
+                await rig.fake.until(silence.done, stepping=False)
+                assert rig.fake.aborted == []
+                answered = asyncio.ensure_future(asyncio.to_thread(client.recv, 100))
+                await rig.fake.until(answered.done)
+                assert answered.result().startswith(b"HTTP/1.1 200")
+
+    asyncio.run(main())
+
+
+# ---------------------------------------------------------------- gRPC
+
+
+class Way:
+    """A TCP connection from a gRPC client to a server that passes through here."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._onward: socket.socket | None = None  # this end of the second half
+        self._writers: list[asyncio.StreamWriter] = []
+        self._pumps: list[asyncio.Task[None]] = []
+
+    async def lay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._onward = connect(self._address)
+        from_server, to_server = await asyncio.open_connection(sock=self._onward)
+        self._writers = [writer, to_server]
+        self._pumps = [
+            asyncio.create_task(_pump(reader, to_server)),
+            asyncio.create_task(_pump(from_server, writer)),
+        ]
+
+    def block(self, *, is_host_gone: bool) -> None:
+        """Nothing passes any more, either way; both connections stay open."""
+        for pump in self._pumps:
+            pump.cancel()
+        if is_host_gone:
+            assert self._onward is not None
+            vanish(self._onward)
+
+    async def close(self) -> None:
+        self.block(is_host_gone=False)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+
+
+@asynccontextmanager
+async def through(rig: Rig) -> AsyncIterator[tuple[Way, Any]]:
+    """A stub whose connection can be cut without a word."""
+    way = Way(rig.address)
+    proxy = await asyncio.start_server(way.lay, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            yield way, pb_grpc.InferenceServiceStub(channel)
+        finally:
+            await way.close()
+            proxy.close()
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+@pytest.mark.parametrize("is_host_gone", [False, True])
+def test_a_grpc_client_that_vanished_loses_its_requests(
+    start: Start, is_running: bool, is_host_gone: bool
+):
+    """Whether its kernel still acknowledges what nobody reads, or nothing does."""
+
+    async def main():
+        async with start(admits=is_running) as rig:
+            async with through(rig) as (way, stub):
+                sampling = pb.SamplingParams(max_tokens=60, ignore_eos=True)
+                calls = [
+                    stub.Generate(pb.GenerateRequest(text="Hi", sampling=sampling))
+                    for _ in range(2)
+                ]
+                await rig.fake.until(lambda: len(rig.fake.running) == 2, stepping=False)
+                way.block(is_host_gone=is_host_gone)
+                if is_running:
+                    rig.fake.step()
+                await until_given_up(rig, 2)
+                ended = rig.front_end.gate.calls.ended
+                await rig.fake.until(lambda: ended[GENERATE, "CANCELLED"] == 2, stepping=False)
+                for call in calls:
+                    call.cancel()
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_a_grpc_client_that_is_only_silent_keeps_its_request(start: Start):
+    async def main():
+        async with start(admits=False) as rig, through(rig) as (_, stub):
+            call = stub.Generate(pb.GenerateRequest(text="Hi"))
+            await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+            silence = asyncio.ensure_future(asyncio.sleep(4 * patience.PROBE_AFTER_S))
+            await rig.fake.until(silence.done, stepping=False)
+            assert rig.fake.aborted == []
+            call.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sent", [b"", b"PRI * HTTP/2.0\r\n"])
+def test_a_connection_that_never_speaks_grpc_is_closed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
+):
+    monkeypatch.setattr(patience, "FIRST_WORD_S", 0.5)
+
+    async def main():
+        async with start() as rig:
+            with connect(rig.address) as client:
+                client.sendall(sent)
+                assert await asyncio.to_thread(_until_closed, client)
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def _until_closed(client: socket.socket) -> bool:
+    with suppress(ConnectionResetError):
+        while client.recv(1 << 16):
+            pass
+    return True
+
+
+def test_grpc_connections_have_a_bound(start: Start):
+    async def main():
+        async with start(max_calls=3) as rig:
+            held = [connect(rig.address) for _ in range(6)]
+            turned_away = asyncio.gather(
+                *(asyncio.to_thread(_until_closed, connect(rig.address)) for _ in range(3))
+            )
+            assert await asyncio.wait_for(turned_away, 10)
+            for client in held:
+                client.close()
+
+    asyncio.run(main())
