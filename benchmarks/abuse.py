@@ -1,8 +1,8 @@
 """`python -m benchmarks.abuse`: polite clients while others misbehave.
 
 A few polite streams run alone, then beside each kind of abuse: 1,000 streams at once, storms of
-cancels, clients that never read, connections that say nothing, messages and bodies that are too
-long or no messages at all. The polite ones' gaps between tokens (p99) may at most double, and the
+cancels, clients that never read or whose host vanishes, connections that say nothing, messages and
+bodies that are too long or no messages at all. The polite ones' gaps between tokens (p99) may at most double, and the
 front end may not grow. The real processes, with workers that pace the load. Exits with 1 otherwise.
 """
 
@@ -27,6 +27,7 @@ from benchmarks import common
 from benchmarks.chaos import engine_processes
 from benchmarks.fake_engine import fake_engine
 from benchmarks.fake_worker import STEP_S
+from benchmarks.half_open import vanish
 from benchmarks.metrics import distribution_ms
 from benchmarks.processes import idle_stats
 from benchmarks.semipd import wait_until_ready
@@ -82,9 +83,10 @@ class Abuse:
                 call.cancel()
 
     async def never_reads(self) -> None:
-        body = b'{"prompt": [5], "n": 16, "max_tokens": 200, "logprobs": 20, "stream": true}'
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
-        await self._hold((head + "content-type: application/json\r\n\r\n").encode() + body, 5)
+        await self._hold(_long_stream(), 5)
+
+    async def vanishes(self) -> None:
+        await self._hold(_long_stream(), 5, then=vanish)
 
     async def says_nothing(self) -> None:
         await self._hold(b"", _SOCKETS)
@@ -114,7 +116,10 @@ class Abuse:
         async with grpc.aio.insecure_channel(self.target) as channel:
             yield pb_grpc.InferenceServiceStub(channel)
 
-    async def _hold(self, sent: bytes, count: int) -> None:
+    async def _hold(
+        self, sent: bytes, count: int, *, then: Callable[[socket.socket], None] = lambda _: None
+    ) -> None:
+        """Connections on which this is sent, `then` something is done, and nothing is read."""
         host, port = self.url.removeprefix("http://").rsplit(":", 1)
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as held:
@@ -125,7 +130,14 @@ class Abuse:
                 with contextlib.suppress(OSError):
                     await loop.sock_connect(client, (host, int(port)))
                     await loop.sock_sendall(client, sent)
+                then(client)
             await asyncio.sleep(2.0)
+
+
+def _long_stream() -> bytes:
+    body = b'{"prompt": [5], "n": 16, "max_tokens": 200, "logprobs": 20, "stream": true}'
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    return (head + "content-type: application/json\r\n\r\n").encode() + body
 
 
 def _request(**sampling: Any) -> pb.GenerateRequest:
@@ -200,8 +212,8 @@ def _measure(launcher: Launcher, kinds: Sequence[str]) -> tuple[list[Result], li
 
 
 _KINDS: Final = (
-    *("thousand_streams", "cancel_storm", "never_reads", "says_nothing", "half_a_request"),
-    *("too_long", "no_messages"),
+    *("thousand_streams", "cancel_storm", "never_reads", "vanishes", "says_nothing"),
+    *("half_a_request", "too_long", "no_messages"),
 )
 
 
