@@ -2,8 +2,9 @@
 
 A few polite streams run alone, then beside each kind of abuse: 1,000 streams at once, storms of
 cancels, clients that never read or whose host vanishes, connections that say nothing, messages and
-bodies that are too long or no messages at all. The polite ones' gaps between tokens (p99) may at most double, and the
-front end may not grow. The real processes, with workers that pace the load. Exits with 1 otherwise.
+bodies that are too long or no messages at all. The polite ones' gaps between tokens (p99) may at
+most double, and the front end may not grow. The real processes, with workers that pace the load.
+Exits with 1 otherwise.
 """
 
 import argparse
