@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from removed_rules import Removal, load
 from server_rig import save_model
 
 from semipd_jax.errors import CheckpointError
@@ -16,6 +17,7 @@ from semipd_jax.models.registry import load_spec
 from semipd_jax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
+REMOVALS = load()
 SOURCES = [
     path
     for folder in ("semipd_jax", "kernels_pallas", "server", "benchmarks", "examples")
@@ -107,8 +109,29 @@ def test_a_server_refuses_such_a_model_before_it_starts(tmp_path: Path):
     assert not marker.exists()
 
 
-def test_the_tests_that_the_security_page_names_are_there():
+def rules() -> dict[str, list[str]]:
+    """Rules of the security page, and the tests that their rows name."""
     page = (ROOT / "server" / "SECURITY.md").read_text()
-    named = re.findall(r"`(tests/[^`]+)`", page)
+    rows = re.findall(r"^\| ([A-Z].*) \| (`tests/.*) \|$", page, re.MULTILINE)
+    return {rule: re.findall(r"`([^`]+)`", tests) for rule, tests in rows}
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    named = [test for tests in rules().values() for test in tests]
     assert len(named) > 20
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_every_rule_can_be_removed(rule: str):
+    """Whether it is missed then, `removed_rules.py` finds out."""
+    assert any(rule.startswith(removal.rule) for removal in REMOVALS)
+
+
+@pytest.mark.parametrize("removal", REMOVALS, ids=lambda r: f"{r.rule}-{Path(r.path).name}")
+def test_what_removes_a_rule_still_applies(removal: Removal):
+    assert (ROOT / removal.path).read_text().count(removal.old) == 1
+    [tests] = [tests for rule, tests in rules().items() if rule.startswith(removal.rule)]
+    path, _, name = removal.test.partition("::")
+    assert path in tests or any(Path(test) in Path(path).parents for test in tests)
+    assert f"def {name}(" in (ROOT / path).read_text() or not name

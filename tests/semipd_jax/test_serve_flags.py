@@ -50,6 +50,21 @@ def test_without_flags_the_demo_model_is_served(started):
     assert settings == Settings(http_port=8000)
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_warned"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "k"], False),
+        ([], False),
+    ],
+)
+def test_an_open_door_is_warned_of(
+    started, caplog: pytest.LogCaptureFixture, flags: list[str], is_warned: bool
+):
+    started(*flags)
+    assert ("whoever reaches 0.0.0.0 may use the engine" in caplog.text) == is_warned
+
+
 def test_a_file_has_the_flags_names_and_flags_win(started, tmp_path: Path):
     file = tmp_path / "serve.yaml"
     file.write_text(

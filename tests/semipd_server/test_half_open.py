@@ -25,7 +25,6 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second is the least that the kernel can be told."""
     monkeypatch.setattr(patience, "PROBE_AFTER_S", 1)
     monkeypatch.setattr(patience, "PROBE_ANSWER_S", 1)
-    monkeypatch.setattr(patience, "READ_S", 1.5)
 
 
 async def still_serves(rig: Rig) -> bool:

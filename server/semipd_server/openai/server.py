@@ -100,11 +100,12 @@ class _Server(uvicorn.Server):
 def _find_out_who_vanished(listener: socket.socket) -> None:
     """Connections, which inherit this, end when the other host is gone without a word: while there
     is nothing to send it is asked now and then, and what was sent must be acknowledged in time."""
+    patience_s = patience.PROBE_AFTER_S + patience.PROBE_ANSWER_S
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         (socket.TCP_KEEPIDLE, patience.PROBE_AFTER_S),
         (socket.TCP_KEEPINTVL, patience.PROBE_ANSWER_S),
-        (socket.TCP_USER_TIMEOUT, int(1000 * patience.READ_S)),
+        (socket.TCP_USER_TIMEOUT, 1000 * patience_s),
     ):
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
 

@@ -228,6 +228,17 @@ def test_the_loop_does_not_wait_for_a_slow_mask():
     assert wait_for(threads).mask is not None
 
 
+def test_the_loop_does_not_wait_for_a_slow_grammar(monkeypatch):
+    go_on, matcher = threading.Event(), Grammars.matcher
+    monkeypatch.setattr(Grammars, "matcher", lambda *args: (go_on.wait(20), matcher(*args))[1])
+    threads = GrammarThreads(GRAMMARS)
+    threads.compile("c", 1, constrained("ab"))
+    assert not go_on.is_set()
+    assert threads.take() == []
+    go_on.set()
+    assert wait_for(threads).constraint is not None
+
+
 def test_a_panic_is_an_error_of_one_request(monkeypatch):
     class Panic(BaseException):
         pass

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_fallback_bpe, byte_level_bpe
 
+from semipd_jax.grammar import grammars
 from semipd_jax.grammar.grammars import Grammars
 from semipd_jax.grammar.matcher import GrammarError
 from semipd_jax.request import SamplingParams, StructuredOutputs
@@ -304,3 +305,14 @@ def test_large_forms_take_bounded_time(form):
     except GrammarError:
         pass
     assert time.process_time() - started < 5
+
+
+def test_only_the_latest_forms_are_kept(monkeypatch):
+    monkeypatch.setattr(grammars, "_CACHE_SIZE", 3)
+    few = Grammars(TOKENIZER.to_str(), VOCAB_SIZE, (EOS,))
+    compiled = []
+    compile_ = few._compile
+    monkeypatch.setattr(few, "_compile", lambda form: compiled.append(form) or compile_(form))
+    for regex in ("a", "b", "c", "a", "d", "a", "b"):
+        few.matcher(sampling(regex=regex))
+    assert [form.regex for form in compiled] == ["a", "b", "c", "d", "b"]

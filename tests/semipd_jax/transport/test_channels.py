@@ -1,11 +1,14 @@
 """Who may use the engine's sockets."""
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
-from semipd_jax.messages import FromCoordinator, ToCoordinator
+from semipd_jax.messages import FromCoordinator, GetStats, ToCoordinator
 from semipd_jax.transport.channels import CLIENTS, AsyncLink, Hub, Link
 
 
@@ -26,3 +29,28 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     with pytest.raises(ValueError, match="belong to this user"):
         Hub(str(tmp_path), CLIENTS, ToCoordinator)
+
+
+def received(hub: Hub[Any, Any]) -> list[Any]:
+    """What arrives within a few seconds."""
+    deadline = time.monotonic() + 5
+    while not (found := list(hub.receive())) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
+
+
+@pytest.mark.parametrize("sent", [["GetStats", "x"], ["Unknown", 1], {"tag": 1}, 5])
+def test_what_is_no_message_is_refused(tmp_path: Path, sent: Any):
+    tmp_path.chmod(0o700)
+    hub = Hub[ToCoordinator, Any](str(tmp_path), CLIENTS, ToCoordinator)
+    link = Link[FromCoordinator, Any](str(tmp_path), CLIENTS, "me", FromCoordinator)
+    link.send(GetStats(1))
+    assert received(hub) == [("me", GetStats(1))]
+    link.send(sent)
+    with pytest.raises(msgspec.ValidationError):
+        received(hub)
+    hub.send("me", sent)
+    with pytest.raises(msgspec.ValidationError):
+        link.receive(10.0)
+    link.close()
+    hub.close()
