@@ -156,6 +156,8 @@ async def soak(launcher: Launcher, args: argparse.Namespace) -> Seen:
         await asyncio.gather(*loops)
         for task in disturbing:
             task.cancel()
+        ends = await asyncio.gather(*disturbing, return_exceptions=True)
+        seen.wrong += [f"{e!r}" for e in ends if not isinstance(e, asyncio.CancelledError)]
     seen.counts |= Counter({f"killed {name}": count for name, count in kills.items()})
     return seen
 

@@ -1,6 +1,7 @@
 """`python -m semipd_server.main`: the front end, a child process of the launcher."""
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
@@ -22,6 +23,8 @@ _SPARE_CALLS: Final = 256  # beside those that generate: aborts, health checks a
 
 
 def main(child: Child) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection is an open file
     asyncio.run(_run(child))
 
 
@@ -59,6 +62,7 @@ async def _run(child: Child) -> None:
         if client.failed.is_set():
             raise EngineError("the link to the coordinator failed")
         failed.cancel()
+        await ended
         client.connection_lost(UnavailableError(SHUTTING_DOWN))
         await front_end.stop()
         await client.close()
@@ -119,9 +123,10 @@ async def _until_the_end(
             break
     drained = asyncio.ensure_future(front_end.drain(shutdown_s))
     stopped = asyncio.ensure_future(_until_stopped(commands))
-    await asyncio.wait((drained, stopped), return_when=asyncio.FIRST_COMPLETED)
-    drained.cancel()
-    stopped.cancel()
+    done, running = await asyncio.wait((drained, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*done)
 
 
 async def _until_stopped(commands: AsyncIterator[Command]) -> None:

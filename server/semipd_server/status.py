@@ -30,7 +30,9 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
 }
 _ERRORS: Final = {code: error for error, code in _CODES.items()}
 _RETRY_AFTER_S: Final = 1
-_MAX_MESSAGE_CHARS: Final = 400  # a status travels in headers, which clients limit to 8 KiB
+_MAX_MESSAGE_BYTES: Final = 1000
+"""Of a status, which travels in headers: percent-encoded, and twice in base64. Clients limit them
+to 8 KiB."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def refusal(code: grpc.StatusCode, text: str) -> Any:
 
 def status_of(error: Exception) -> status_pb2.Status:
     """The rich status of an error that the contract names."""
-    message = str(error)[:_MAX_MESSAGE_CHARS]
+    message = str(error).encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore")
     status = status_pb2.Status(code=_CODES[type(error)].value[0], message=message)
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(

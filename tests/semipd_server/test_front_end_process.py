@@ -1,6 +1,7 @@
 """The front end as the launcher runs it: a real process."""
 
 import asyncio
+import resource
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -65,6 +66,8 @@ def start(run_dir: str, model_dir: str) -> Start:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         front_end = FrontEnd(process)
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (256, most_files))
         try:
             config = EngineConfig(
                 model=ModelConfig(path=model, served_name="tiny"),
@@ -120,6 +123,8 @@ def test_a_front_ends_life(start: Start, run_dir: str, tokenizer: Tokenizer):
             async with start() as front_end, channel_to(front_end) as channel:
                 stub: Any = pb_grpc.InferenceServiceStub(channel)
                 assert await health(channel) == NOT_SERVING
+                files, most_files = resource.prlimit(front_end.process.pid, resource.RLIMIT_NOFILE)
+                assert files == most_files, "connections would run out of files"
                 with pytest.raises(grpc.aio.AioRpcError, match="starting"):
                     await stub.GetModelInfo(pb.GetModelInfoRequest())
 

@@ -1,7 +1,9 @@
 import asyncio
+import base64
 import logging
 import re
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -12,10 +14,12 @@ from grpc_status import rpc_status
 from server_rig import EOS, INFO, MAX_MODEL_LEN, Rig, Start, read_all
 
 from semipd_jax.client import EngineClient
+from semipd_jax.errors import InvalidRequestError
 from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.server import max_message_bytes
+from semipd_server.status import status_of
 
 
 def ids(*token_ids: int) -> pb.TokenIds:
@@ -263,6 +267,14 @@ def test_bad_unary_requests_are_invalid_arguments(start: Start):
                 assert (await error_of(rig, call)).code() is grpc.StatusCode.INVALID_ARGUMENT
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("text", ["x", "é", "日", "😀", "\ud800"])
+def test_messages_of_all_languages_fit_into_headers(text: str):
+    status = status_of(InvalidRequestError(text * 10_000, field="prompt"))
+    details = base64.b64encode(status.SerializeToString())
+    assert len(quote(status.message)) + len(details) < 7 * 1024  # of 8 KiB
+    assert len(status.message) > 200
 
 
 def test_a_long_message_is_cut_to_fit_into_headers(start: Start):

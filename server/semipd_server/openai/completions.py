@@ -1,5 +1,6 @@
 """/v1/completions: text in, text out."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import cast
 
@@ -77,7 +78,10 @@ async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest
         raise bad_request("echo is true; allowed: false with logprobs", "echo")
     prompts = _prompts(request)
     special = request.add_special_tokens
-    token_ids = [await engine.client.encode(p, add_special_tokens=special) for p in prompts]
+    token_ids: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        token_ids.append(await engine.client.encode(prompt, add_special_tokens=special))
+        await asyncio.sleep(0)  # each alone is quick, so it was done at once
     wanted = choices(token_ids, request, max_tokens=request.max_tokens, logprobs=request.logprobs)
     echoes = [await _text(engine.client, p) if request.echo else "" for p in prompts]
     form = CompletionFormat(

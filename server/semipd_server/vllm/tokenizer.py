@@ -4,6 +4,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ _CHUNK_BYTES: Final = 1 << 16
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip
 
 
+@lru_cache(maxsize=1)
 def tokenizer_zip(directory: str) -> bytes:
     """Those of the files that a tokenizer may consist of that are there."""
     buffer = io.BytesIO()
