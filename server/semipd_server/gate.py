@@ -14,6 +14,7 @@ from semipd_server.pb import inference_pb2 as pb
 STARTING: Final = "the engine is starting"
 SHUTTING_DOWN: Final = "the server is shutting down"
 _STATS_TIMEOUT_S: Final = 2.0
+_ASK_EVERY_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ class Gate:
         self._num_inside = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._asking = asyncio.Lock()
+        self._asked_s = float("-inf")
+        self._silence: str | None = None
 
     def open(self, engine: Engine) -> None:
         self._engine = engine
@@ -76,12 +80,24 @@ class Gate:
         await self._idle.wait()
 
     async def problem(self) -> str | None:
-        """Why the engine cannot serve right now; None if it can: the coordinator was asked."""
-        if self._engine is None or self.waiting_for:
-            reason = self._refusal if self._engine is None else "the engine waits"
+        """Why the engine cannot serve right now; None if it can: the coordinator was asked, though
+        not more often than now and then, since anybody may want to know."""
+        engine = self._engine
+        if engine is None or self.waiting_for:
+            reason = self._refusal if engine is None else "the engine waits"
             return "; ".join((reason, *self.waiting_for))
-        try:
-            await self._engine.client.stats(timeout_s=_STATS_TIMEOUT_S)
-        except UnavailableError as error:
-            return str(error)
-        return None
+        async with self._asking:
+            loop = asyncio.get_running_loop()
+            if loop.time() - self._asked_s >= _ASK_EVERY_S:
+                self._silence = await _silence_of(engine.client)
+                self._asked_s = loop.time()
+            return self._silence
+
+
+async def _silence_of(client: EngineClient) -> str | None:
+    """Why the coordinator does not answer, or None if it does."""
+    try:
+        await client.stats(timeout_s=_STATS_TIMEOUT_S)
+    except UnavailableError as error:
+        return str(error)
+    return None

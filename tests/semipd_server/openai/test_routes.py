@@ -114,6 +114,26 @@ def test_health_of_a_coordinator_that_does_not_answer(
     asyncio.run(main())
 
 
+def test_health_asks_the_coordinator_only_now_and_then(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    async def main():
+        async with start() as rig:
+            asked: list[int] = []
+            answer = rig.fake._stats
+            monkeypatch.setattr(rig.fake, "_stats", lambda i: asked.append(i) or answer(i))
+            monkeypatch.setattr("semipd_server.gate._ASK_EVERY_S", 60.0)
+            many = [request(rig, "GET", "/health") for _ in range(10)]
+            replies = [await request(rig, "GET", "/health"), *await asyncio.gather(*many)]
+            assert {reply.status_code for reply in replies} == {200}
+            assert len(asked) == 1
+            monkeypatch.setattr("semipd_server.gate._ASK_EVERY_S", 0.0)
+            assert (await request(rig, "GET", "/health")).status_code == 200
+            assert len(asked) == 2
+
+    asyncio.run(main())
+
+
 def test_health_before_there_is_an_engine(start: Start):
     async def main():
         starting = FrontEnd(Settings(port=0, http_port=0), max_model_len=64, max_calls=10)
