@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
-_TIMEOUT_S: Final = 180
+_TIMEOUT_S: Final = 300
 _TESTS_FAILED: Final = 1  # pytest's status
 _IGNORED: Final = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "results")
 
@@ -84,7 +84,16 @@ def _generate(tree: Path, path: Path) -> None:
 
 def _pytest(tree: Path, tests: set[str]) -> int:
     """Its status; tests that do not end in time have failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *sorted(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "--timeout=60",
+        "-p",
+        "no:cacheprovider",
+        *sorted(tests),
+    ]
     environment = os.environ | {
         "PYTHONPATH": f"{tree}:{tree}/server",
         "PYTHONDONTWRITEBYTECODE": "1",  # an edit within a second would not be noticed
