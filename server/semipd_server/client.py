@@ -230,6 +230,7 @@ def _options(retries: int) -> tuple[tuple[str, Any], ...]:
         ("grpc.max_receive_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
         ("grpc.service_config", json.dumps({"methodConfig": [method]})),
     )
 

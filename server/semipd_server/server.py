@@ -57,9 +57,11 @@ class Server:
                 # Clients may ping silent streams; the default would cut them off after two pings.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                # Clients that vanished without a word are found out, and their requests end.
+                # Clients that vanished without a word are found out, and their requests end. gRPC
+                # takes the keepalive timeout for TCP; for the answer of a ping it takes its own.
                 ("grpc.keepalive_time_ms", _MS * patience.PROBE_AFTER_S),
                 ("grpc.keepalive_timeout_ms", _MS * patience.PROBE_ANSWER_S),
+                ("grpc.http2.ping_timeout_ms", _MS * patience.PROBE_ANSWER_S),
                 ("grpc.server_handshake_timeout_ms", int(_MS * patience.FIRST_WORD_S)),
                 # Far above what is served, so that clients are refused rather than kept waiting.
                 ("grpc.max_allowed_incoming_connections", 2 * max_rpcs),
