@@ -28,6 +28,14 @@ from kernels_pallas.compat import pl, plgpu
 
 HOPPER = "NVIDIA H100 80GB HBM3"
 
+ASYNC_CLOCKS = 256
+"""Places in vector clocks for asynchronous operations, which take them in turns.
+
+An operation that has a place of its own is ordered with others by synchronisation alone. If two
+share a place, the clock of one may exceed that of the other by chance, depending on how the threads
+interleave, and a race between them passes for an order. Thread blocks start anew.
+"""
+
 
 class RaceError(Exception):
     """A kernel has a data race; where is on stdout."""
@@ -36,17 +44,19 @@ class RaceError(Exception):
 def run_mosaic(function: Callable[..., Any], *args: Any, num_sms: int = 3) -> Any:
     """function(*args) on a Hopper GPU of `num_sms` SMs.
 
-    Thread blocks run one after another, so only races inside a block are seen.
+    Thread blocks run one after another, so only races inside a block are seen: all of them where a
+    block has at most `ASYNC_CLOCKS` asynchronous operations, whatever its threads' timing.
 
     Raises:
       RaceError: the first race of any kernel.
     """
     device = AbstractDevice(device_kind=HOPPER, platform="gpu", num_cores=num_sms)
+    params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=ASYNC_CLOCKS)
     _races.clear()
     try:
         with (
             jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
-            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+            plgpu.force_gpu_interpret_mode(params),
             _compiled_quickly(),
             mock.patch.object(pl, "run_state", _accumulate),
         ):

@@ -158,9 +158,29 @@ FAULTS = [
 """Synchronisations of the Hopper kernels, in the order in which each kind is traced."""
 
 
+FAULTY = Case("short rows, then long", Heads(3, 3, 64, 64, "float16"), (100, 500))
+
+
+def test_a_slot_is_reused_where_only_its_own_barrier_orders_that():
+    """So a missing wait is a race, whatever the timing: no other barrier stands in for it.
+
+    The first thread block has three segments of one block, then longer ones. The third's queries
+    replace the first's before any copy has to wait for a tile. In the fourth segment a tile
+    replaces the third's keys, when the last queries waited for were the second's.
+    """
+    q, k_pages, *_ = FAULTY.inputs()
+    shape = mosaic_gpu.Shape.of(q, k_pages)
+    short, long = (-(-length // shape.block) for length in FAULTY.context_lens)
+    assert (short, shape.num_heads) == (1, 3)
+    tiles_before, tiles = 2 * 3 * short, 2 * long  # of the fourth segment
+    assert tiles_before <= shape.num_slots
+    first_of_third = tiles_before - 2 * short
+    assert tiles_before <= first_of_third + shape.num_slots < tiles_before + tiles
+    assert 3 * (short + long) // shape.num_ctas_per_sm >= 3 * short + long
+
+
 def run_without(name, site):
-    """More segments than slots of queries and more tiles than the ring has: all are reused."""
-    inputs = Case("", Heads(6, 6, 64, 64, "float16"), (500,)).inputs()
+    inputs = FAULTY.inputs()
     calls = iter([site for kind, site in FAULTS if kind == name])
     synchronise = getattr(plgpu, name)
 
