@@ -4,6 +4,7 @@ Shapes and dtypes are known while tracing, so these checks cost nothing when a p
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, cast
 
@@ -67,10 +68,11 @@ def require_slots(slot_mapping: Array, k_pages: Array, num_tokens: int) -> None:
 
 def require_options(scale: float | None, window: int | None, soft_cap: float | None) -> None:
     """The options that both attention ops share."""
-    require(scale is None or scale > 0, "scale", scale, "above 0, or None")
+    allowed = "above 0 and finite, or None"
+    require(scale is None or 0 < scale < math.inf, "scale", scale, allowed)
     fits = window is None or 1 <= window <= 2**30
     require(fits, "window", window, "1 to 2**30, or None")
-    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "above 0, or None")
+    require(soft_cap is None or 0 < soft_cap < math.inf, "soft_cap", soft_cap, allowed)
 
 
 class UnsupportedError(ValueError):

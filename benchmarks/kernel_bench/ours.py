@@ -1,4 +1,4 @@
-"""The ops of `kernels_pallas`, and JAX's own paged attention, as contenders."""
+"""The ops of `kernels_pallas`, and JAX's own attention, as contenders."""
 
 import functools
 from collections.abc import Callable
@@ -149,3 +149,30 @@ def jax_paged_attention(setting: Setting) -> Entry:
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)  # which this op leaves to its caller
     contender = chained(call, q, rest, NUM_CALLS[setting.op])
     return Entry(contender, lambda: jax.jit(call)(scaled, *rest[0]))
+
+
+def jax_dense_attention(setting: Setting, implementation: str = "cudnn") -> Entry:
+    """`jax.nn.dot_product_attention` on gathered keys and values; gathering is not timed.
+
+    Chunks must be alike and without history: it aligns the causal mask with the first key.
+    """
+    case: Any = setting.case
+    if setting.op != "paged_prefill_attention" or setting.options or case.num_padding:
+        raise NotImplementedError("prefill without options and padding only")
+    if any(case.histories) or len(set(case.q_lens)) > 1:
+        raise NotImplementedError("chunks of equal length without history only")
+    q, _, _, _, table, _ = setting.inputs
+    rows, tokens = len(case.q_lens), case.q_lens[0]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=implementation
+    )
+
+    def gather(pages: Any) -> Any:
+        _, kv_heads, _, head_dim = pages.shape
+        in_order = jnp.swapaxes(pages[table], 2, 3)
+        return in_order.reshape(rows, -1, kv_heads, head_dim)[:, :tokens]
+
+    dense = [tuple(gather(pages) for pages in pool) for pool in setting.pools]
+    queries = q.reshape(rows, tokens, *q.shape[1:])
+    contender = chained(attend, queries, dense, NUM_CALLS[setting.op])
+    return Entry(contender, lambda: jax.jit(attend)(queries, *dense[0]).reshape(q.shape))

@@ -127,6 +127,8 @@ def factories(op: str) -> dict[str, Factory]:
     }
     if op == "paged_decode_attention":
         found["jax pallas op"] = ours.jax_paged_attention
+    if op == "paged_prefill_attention":
+        found["jax cuDNN"] = ours.jax_dense_attention
     return found
 
 

@@ -65,6 +65,7 @@ def rope_kv_write(
     dtype = k_pages.dtype.name
     require(head_dim % 2 == 0, "head_dim (k_pages.shape[3])", head_dim, "even numbers")
     require_array("qkv", qkv, (None, None, head_dim), dtype)
+    require(qkv.size > 0, "qkv.shape", qkv.shape, "no dimension of size 0")
     heads = qkv.shape[1]
     fits = heads > 2 * kv_heads and heads % kv_heads == 0
     require(fits, "heads (qkv.shape[1])", heads, f"multiples of {kv_heads} above {2 * kv_heads}")

@@ -129,6 +129,20 @@ def test_measures_ours_and_reports_who_fails(op, monkeypatch):
     assert right.share == pytest.approx(right.rate / most)
 
 
+def test_dense_attention_of_jax_is_a_peer_where_chunks_have_no_history():
+    op, heads = "paged_prefill_attention", Heads(4, 2, 16, 8, "bfloat16")
+    setting = ours.setting(op, PrefillCase("", heads, (20, 20), (0, 0)), l2_bytes=0)
+    with jax.numpy_dtype_promotion("standard"):  # which this implementation relies on
+        entry = ours.jax_dense_attention(setting, "xla")
+        entry.contender.run(1)
+        out = entry.output()
+    assert run._check(setting, out, run._reference(setting))[1] is None
+    later = ours.setting(op, CASES[op], l2_bytes=0)
+    with pytest.raises(NotImplementedError, match="without history only"):
+        ours.jax_dense_attention(later, "xla")
+    assert "jax cuDNN" in run.factories(op)
+
+
 def test_pools_together_exceed_the_cache():
     case = CASES["paged_decode_attention"]
     pages = case.specs[1]

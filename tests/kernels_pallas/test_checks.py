@@ -65,6 +65,7 @@ VALID = {
 ATTENTION = (paged_decode_attention, paged_prefill_attention)
 WRITING = (kv_write, rope_kv_write)
 WITH_PAGES = (*ATTENTION, *WRITING)
+INF = float("inf")
 
 WRONG = [
     *((op, "k_pages", zeros(5, 2, 8), ValueError) for op in WITH_PAGES),
@@ -81,9 +82,9 @@ WRONG = [
     *((op, "page_table", zeros(3, 2), TypeError) for op in ATTENTION),
     *((op, "context_lens", ints(2), ValueError) for op in ATTENTION),
     *((op, "context_lens", zeros(3), TypeError) for op in ATTENTION),
-    *((op, "scale", 0.0, ValueError) for op in ATTENTION),
+    *((op, "scale", scale, ValueError) for op in ATTENTION for scale in (0.0, INF, float("nan"))),
     *((op, "window", 0, ValueError) for op in ATTENTION),
-    *((op, "soft_cap", -1.0, ValueError) for op in ATTENTION),
+    *((op, "soft_cap", cap, ValueError) for op in ATTENTION for cap in (-1.0, INF)),
     *((op, "implementation", "cudnn", ValueError) for op in VALID),
     (paged_decode_attention, "page_table", ints(4, 2), ValueError),
     (paged_prefill_attention, "page_table", ints(0, 2), ValueError),
@@ -94,6 +95,7 @@ WRONG = [
     (kv_write, "v", zeros(4, 2, 16), ValueError),
     *((op, "slot_mapping", ints(2), ValueError) for op in WRITING),
     *((op, "slot_mapping", zeros(3), TypeError) for op in WRITING),
+    (rope_kv_write, "qkv", zeros(0, 8, 16), ValueError),
     (rope_kv_write, "qkv", zeros(3, 4, 16), ValueError),
     (rope_kv_write, "qkv", zeros(3, 9, 16), ValueError),
     (rope_kv_write, "qkv", zeros(3, 8, 32), ValueError),
