@@ -59,6 +59,7 @@ TESTS: Final = (
     Case("window", Heads(3, 3, 16, 16), (0, 100, 39, 40, 41, 1000), {"window": 40}),
     Case("window of one", Heads(4, 2, 16, 8), (1, 65, 64), {"window": 1}),
     Case("soft cap and scale", Heads(4, 2, 16, 8), (9, 90), {"soft_cap": 2.0, "scale": 0.7}),
+    Case("group of 65", Heads(65, 1, 16, 8), (9, 0)),
     Case("all padding", Heads(2, 1, 16, 8), (0, 0)),
     Case("smallest pool", Heads(1, 1, 96, 16, "float16"), (1,)),
 )

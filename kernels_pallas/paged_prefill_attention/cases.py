@@ -78,6 +78,7 @@ TESTS: Final = (
     Case("no chunk at all", Heads(2, 1, 16, 8), (0, 0), (0, 20), num_padding=4),
     Case("smallest pool", Heads(1, 1, 96, 16, "float16"), (1,), (0,)),
     Case("group of 8, float16", Heads(8, 1, 128, 32, "float16"), (19, 1, 6), (410, 63, 0)),
+    Case("group of 65", Heads(65, 1, 16, 8), (5, 1), (9, 0), num_padding=1),
     Case("group of 3, head_dim 256", Heads(3, 1, 256, 16, "bfloat16"), (13,), (200,), 7),
     Case(
         "window and soft cap, float16",

@@ -1,6 +1,6 @@
 """Paged prefill attention for any GPU of Triton, in the form of vLLM's unified kernel.
 
-A tile is a few query tokens with all query heads of a kv head (arXiv 2511.11581). Keys are gathered
+A tile is a few query tokens with query heads of a kv head (arXiv 2511.11581). Keys are gathered
 token by token, so a page may have any size, and `head_dim` is padded to a power of two. On Hopper
 this form is far behind wgmma with TMA: there it serves shapes that `mosaic_gpu` does not take.
 """
@@ -25,8 +25,26 @@ LOWEST: Final = -1e30
 
 MAX_HEAD_DIM: Final = 256
 
+MAX_HEADS: Final = 16
+"""Query heads of a kv head in a tile, a power of two; the others read the keys again."""
+
 BLOCK: Final = 32
 """Keys of an iteration. With 64, registers spill at head_dim 128 on an A100 (compiled)."""
+
+
+def tile_shape(head_dim: int, mean_rows: int) -> tuple[int, int]:
+    """(rows of a tile, warps) for chunks of so many rows in the mean.
+
+    ptxas rather spills a little than let one thread block less onto an SM: the registers that a
+    thread needs have to lie below such a step, or well above. At head_dim 64 they do with four
+    warps of 16 rows. From there on 64 of them are sums of the output, and about 200 are needed:
+    with 8 warps the next steps are 128 and 255, with 4 one is at 168, where some shapes spill.
+    """
+    if mean_rows < 64:
+        return 16, 4
+    if head_dim <= 64:
+        return 64, 4
+    return 64 * 8 * 32 // pl.next_power_of_2(head_dim), 8
 
 
 def paged_prefill_attention(
@@ -43,28 +61,27 @@ def paged_prefill_attention(
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
     """See `kernels_pallas.paged_prefill_attention.paged_prefill_attention`."""
     T, N, H = q.shape
-    K = k_pages.shape[1]
-    G = N // K
+    G = N // k_pages.shape[1]
     allowed = "bfloat16 or float16"
     require_supported(q.dtype in (jnp.bfloat16, jnp.float16), "q.dtype", q.dtype.name, allowed)
     require_supported(H <= MAX_HEAD_DIM, "head_dim", H, f"at most {MAX_HEAD_DIM}")
-    mean_rows = T * G // len(context_lens)  # of a chunk
-    rows = max(64 if mean_rows >= 64 else 16, pl.next_power_of_2(G))
+    heads = math.gcd(G, MAX_HEADS)
+    rows, num_warps = tile_shape(H, T * heads // len(context_lens))
     tiles = cut(
         cu_q_lens,
         context_lens,
         num_tokens=T,
-        tile=rows // G,
+        tile=rows // heads,
         align=1,
         block=BLOCK,
         window=window,
     )
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)]
     return triton_call(
-        functools.partial(_body, rows, BLOCK, scale, window, soft_cap),
+        functools.partial(_body, rows, heads, BLOCK, scale, window, soft_cap),
         out_shape=out_shape,
-        grid=(len(tiles.table), K),
-        num_warps=4 if H <= 128 else 8,
+        grid=(len(tiles.table), N // heads),
+        num_warps=num_warps,
         num_stages=2,
         name="paged_prefill_attention",
     )(q, k_pages, v_pages, page_table, tiles.table)
@@ -72,6 +89,7 @@ def paged_prefill_attention(
 
 def _body(
     rows: int,
+    heads: int,
     block: int,
     scale: float,
     window: int | None,
@@ -84,18 +102,18 @@ def _body(
     out_ref,
     lse_ref,
 ):
-    number, kv_head = pl.program_id(0), pl.program_id(1)
-    group = q_ref.shape[1] // k_ref.shape[1]
-    tokens = rows // group
+    number, head_tile = pl.program_id(0), pl.program_id(1)
+    kv_head = lax.div(head_tile, q_ref.shape[1] // k_ref.shape[1] // heads)
+    tokens = rows // heads  # both powers of two
     page_size, head_dim = k_ref.shape[2:]
     tile = Tile(*(tiles_ref[number, field] for field in range(len(Tile._fields))))
 
     @pl.when(tile.start_token < tile.end_token)
     def _():
         row = jnp.arange(rows, dtype=jnp.int32)
-        token = lax.div(row, group)
-        head = kv_head * group + lax.rem(row, group)
-        is_row = (token < tokens) & (tile.first_token + token < tile.end_token)
+        token = lax.div(row, heads)
+        head = head_tile * heads + lax.rem(row, heads)
+        is_row = tile.first_token + token < tile.end_token
         position = tile.position + token
         token = tile.first_token + token
         column = jnp.arange(max(16, pl.next_power_of_2(head_dim)), dtype=jnp.int32)
