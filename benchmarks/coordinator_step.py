@@ -32,7 +32,7 @@ from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import Limits, pages_for
 from semipd_jax.tuner.latency import FEATURES, LatencyModel
 from semipd_jax.tuner.policies import make_tuner
-from semipd_jax.tuner.policy import Shares
+from semipd_jax.tuner.policy import Ladders, Shares
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 from semipd_jax.tuner.tuner import Tuner
 
@@ -106,10 +106,12 @@ def _coordinator(
         yielding={"prefill": 0.0, "decode": 0.0},
     )
 
+    ladders = Ladders(_LADDER, _LADDER)
+
     def tuner_of(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
         if policy == "static":
             return None
-        return make_tuner(policy, ladder=_LADDER, targets=targets, model=model, start=start)
+        return make_tuner(policy, ladders=ladders, targets=targets, model=model, start=start)
 
     shares = ShareConfig(ladder=_LADDER)
     clock = time.monotonic

@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from semipd_jax import logs, options
-from semipd_jax.config import EngineConfig, require
+from semipd_jax.config import PHASES, EngineConfig
 from semipd_jax.coordinator import profiling
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError, EngineError
@@ -25,7 +25,8 @@ from semipd_jax.launch.launcher import Launcher, Modules
 from semipd_jax.messages import Progress
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import LatencyModel, Sample
-from semipd_jax.tuner.profile import Profile
+from semipd_jax.tuner.profile import Profile, Sizes
+from semipd_jax.tuner.setup import ladders_of
 
 _SATURATIONS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _BAR: Final = 30
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax
     output: Path = args.pop("output")
     try:
         config = options.build_config(**args)
-        _require_ladder(config)
+        ladders_of(config.shares)
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -70,31 +71,32 @@ def measure(config: EngineConfig, on_progress: "_Bar") -> Profile:
         on_progress=take,
     )
     try:
-        launcher.start()
+        layout = launcher.start()
         if (error := told.get()) is not None:
             raise error
         encoded = (Path(launcher.run_dir) / profiling.SAMPLES_FILE).read_bytes()
         device = launcher.device_name
     finally:
         launcher.stop()
-    return fitted(msgspec.json.decode(encoded, type=list[Sample]), config, device)
+    samples = msgspec.json.decode(encoded, type=list[Sample])
+    return fitted(samples, config, device, Sizes.of(layout))
 
 
-def fitted(samples: Sequence[Sample], config: EngineConfig, device: str) -> Profile:
+def fitted(samples: Sequence[Sample], config: EngineConfig, device: str, sizes: Sizes) -> Profile:
     """The profile that fits best."""
 
     def error(model: LatencyModel) -> float:
         return sum(profile.mean_error(model, samples).values())
 
     model = min((profile.fit(samples, saturation=s) for s in _SATURATIONS), key=error)
-    ladder = ", ".join(f"{share:g}" for share in config.shares.rungs("prefill"))
+    rungs = {phase: config.shares.rungs(phase) for phase in PHASES}
+    at = "; ".join(f"{p} at {', '.join(f'{s:g}' for s in shares)}" for p, shares in rungs.items())
     return Profile(
         source="measured",
         device=device,
         model=config.model.name,
-        notes=(
-            f"{datetime.now(UTC):%Y-%m-%d}: {len(samples)} kinds of steps at the shares {ladder}",
-        ),
+        notes=(f"{datetime.now(UTC):%Y-%m-%d}: {len(samples)} kinds of steps; {at}",),
+        sizes=sizes,
         saturation=model.saturation,
         yielding=model.yielding,
         coefficients=profile.named(model),
@@ -127,16 +129,6 @@ class _Bar:
     def _line(self, text: str, *, ends: bool) -> None:
         if self._is_terminal:
             print(f"\r{text[:110]:<110}", end="\n" if ends else "", file=sys.stderr, flush=True)
-
-
-def _require_ladder(config: EngineConfig) -> None:
-    ladder = config.shares.rungs("prefill")
-    require(
-        len(ladder) > 1 and ladder == config.shares.rungs("decode"),
-        "share_ladder",
-        ladder,
-        "two shares or more, the same for both phases",
-    )
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from semipd_jax.tuner import profile
-from semipd_jax.tuner.profile import Profile
+from semipd_jax.tuner.profile import Profile, Sizes
 
 
-def save_profile(path: Path) -> str:
+def save_profile(path: Path, sizes: Sizes | None = None) -> str:
     """Of a machine about as fast as this one, on which decode at the lower share takes longer than
     the promise of the test beside prefill, but not alone."""
     made = Profile(
         source="modelled",
         device="made up",
         model="demo",
+        sizes=sizes,
         saturation=1.0,
         yielding={"prefill": 0.0, "decode": 0.0},
         coefficients={

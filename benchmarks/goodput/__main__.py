@@ -73,8 +73,8 @@ def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
         progress=lambda text: _progress(f"{workload.name}: {text}"),
     )
     result["systems"] = {name: result_of(each, targets) for name, each in found.items()}
-    if args.check_statics and isinstance(subjects[0], Simulated) and OURS in found:
-        rates = {one.seed: one.rate for one in found[OURS]}
+    rates = {one.seed: one.rate for one in found.get(OURS, ())}
+    if args.check_statics and isinstance(subjects[0], Simulated) and rates and all(rates.values()):
         result["better_statics"] = better_statics(subjects[0], rates)
     return result
 
@@ -96,12 +96,12 @@ def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
     target = SloTarget(args.slo_ttft_ms, args.slo_tpot_ms)
     given = (target.ttft_ms, target.tpot_ms)
     require(None not in given, "slo_ttft_ms and slo_tpot_ms", given, "numbers, with --model")
-    targets = SloTargets(target, attainment=args.slo_target)
+    targets, ladders = SloTargets(target, attainment=args.slo_target), flags.ladders_of(args)
     subjects = [
         Server(
             name=system,
             model=args.model,
-            flags=[*flags_of(parse(system), target, args.ladder, args.profile), *args.server],
+            flags=[*flags_of(parse(system), target, ladders, args.profile), *args.server],
             load=lambda seed: flags.workload_of(args, name, seed),
             timeout_s=args.timeout,
         )

@@ -24,7 +24,8 @@ from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.systems import System
 from semipd_jax.simulator.traces import clip
 from semipd_jax.simulator.workloads import Workload
-from semipd_jax.tuner.policy import Ladder
+from semipd_jax.tuner.policies import LADDERS
+from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.slo import SloTarget
 from semipd_server.client import AsyncClient
 from semipd_server.control_client import ControlClient
@@ -35,7 +36,9 @@ _MOST_TRIALS: Final = 1000  # with prompts of their own, for each seed
 type Shares = dict[Phase, list[tuple[float, float]]]
 
 
-def flags_of(system: System, target: SloTarget, ladder: Ladder, profile: Path | None) -> list[str]:
+def flags_of(
+    system: System, target: SloTarget, ladders: Ladders | None, profile: Path | None
+) -> list[str]:
     """Of `python -m semipd_jax.serve`. Raises ConfigError for what is no single server."""
     flags = ["--scheduling-policy", system.order]
     if system.kind == "static":
@@ -44,7 +47,10 @@ def flags_of(system: System, target: SloTarget, ladder: Ladder, profile: Path | 
     if system.kind not in POLICIES:
         require(system.kind != "disaggregated", "system", system.name, "systems of one device")
         return [*flags, "--mode", system.kind]
-    flags += ["--policy", system.kind, "--share-ladder", ",".join(map(str, ladder))]
+    flags += ["--policy", system.kind]
+    for phase in PHASES:
+        rungs = (ladders or LADDERS[system.kind]).of(phase)
+        flags += [f"--{phase}-share-ladder", ",".join(map(str, rungs))]
     flags += ["--slo-ttft-ms", str(target.ttft_ms), "--slo-tpot-ms", str(target.tpot_ms)]
     return flags if profile is None else [*flags, "--tuner-profile", str(profile)]
 

@@ -8,8 +8,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from semipd_jax.config import PHASES
 from semipd_jax.simulator.report import ORIGINS
-from semipd_jax.tuner.tuner import PHASES
 
 _SUFFIXES: Final = ("png", "svg")
 _STYLE: Final[Any] = {"svg.fonttype": "none", "svg.hashsalt": "semipd", "font.size": 8}

@@ -7,14 +7,14 @@ from typing import Final
 
 from benchmarks.goodput.simulated import Simulated
 from semipd_jax.simulator.systems import parse
-from semipd_jax.tuner.policy import Ladder
 
+SHARES: Final = (0.2, 0.4, 0.7, 1.0)
 SLACK: Final = 0.98
 
 
 def better_statics(any_subject: Simulated, rates: Mapping[int, float]) -> list[str]:
-    """Pairs of rungs, under either order of prefills, that still hold the targets on average over
-    the seeds where a policy would be `SLACK` times as good as they are.
+    """Pairs of `SHARES`, under either order of prefills, that on average over the seeds still hold
+    the targets where a policy would be `SLACK` times as good as they are.
 
     Args:
       any_subject: whose load and device they get.
@@ -30,10 +30,10 @@ def better_statics(any_subject: Simulated, rates: Mapping[int, float]) -> list[s
                 met.append(trial(rate / SLACK).attainment(targets.default))
         return sum(met) / len(met) >= targets.attainment
 
-    return [name for name in static_pairs(any_subject.setup.ladder) if holds(name)]
+    return [name for name in static_pairs() if holds(name)]
 
 
-def static_pairs(ladder: Ladder) -> list[str]:
+def static_pairs() -> list[str]:
     return [
-        f"static:{x:g},{y:g}{order}" for x, y in product(ladder, ladder) for order in ("", "+spf")
+        f"static:{x:g},{y:g}{order}" for x, y in product(SHARES, SHARES) for order in ("", "+spf")
     ]

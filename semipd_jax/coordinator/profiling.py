@@ -15,7 +15,7 @@ from typing import Final, Protocol, runtime_checkable
 import msgspec
 
 from semipd_jax.child import Child, run_child
-from semipd_jax.config import EngineConfig, Lane
+from semipd_jax.config import PHASES, EngineConfig, Lane
 from semipd_jax.coordinator.coordinator import DEPTH
 from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.trials import Trial, step_of, trials
@@ -31,6 +31,7 @@ from semipd_jax.messages import (
 )
 from semipd_jax.transport.channels import WORKERS, Hub, Poller
 from semipd_jax.tuner.latency import Conditions, Sample
+from semipd_jax.tuner.setup import ladders_of
 from semipd_jax.tuner.work import Work, work_of
 
 SAMPLES_FILE: Final = "samples.json"
@@ -180,7 +181,7 @@ def main(child: Child) -> None:
     spec = child.spec
     if spec.layout is None:
         raise StartupError("profiling was started without a memory layout")
-    config, ladder = spec.config, spec.config.shares.rungs("prefill")
+    config, ladders = spec.config, ladders_of(spec.config.shares)
     hub = Hub[FromWorker, ToWorker](spec.run_dir, WORKERS, FromWorker)
     poller = Poller()
     poller.add(hub)
@@ -198,8 +199,8 @@ def main(child: Child) -> None:
 
     child.ready()
     bench = Bench(spec.layout, hub, receive, timeout_s=_timeout_s(config))
-    bench.await_workers({(p, s) for p in ("prefill", "decode") for s in ladder})
-    plan = list(trials(spec.layout, config.scheduler.max_num_batched_tokens, ladder))
+    bench.await_workers({(p, s) for p in PHASES for s in ladders.of(p)})
+    plan = list(trials(spec.layout, config.scheduler.max_num_batched_tokens, ladders))
     samples: list[Sample] = []
     for i, trial in enumerate(plan):
         child.progress(STAGE, i, len(plan), str(trial))

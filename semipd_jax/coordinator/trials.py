@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from semipd_jax.messages import ROW_SAMPLING, DecodeStep, MemoryLayout, Phase, PrefillStep
-from semipd_jax.tuner.policy import Ladder
+from semipd_jax.tuner.policy import Ladders
 
 _ROW: Final = 1
 _SHORT_CONTEXT: Final = 64
@@ -45,15 +45,16 @@ class Trial:
         return " | ".join(f"{s}, share {self.shares[p]:.2f}" for p, s in self.shapes.items())
 
 
-def trials(layout: MemoryLayout, max_batched_tokens: int, ladder: Ladder) -> Iterator[Trial]:
+def trials(layout: MemoryLayout, max_batched_tokens: int, ladders: Ladders) -> Iterator[Trial]:
     """Every shape alone at every share, then small and large steps beside each other at every pair
     of shares."""
     prefills = prefill_shapes(layout, max_batched_tokens)
     decodes = decode_shapes(layout)
-    for shape, share in product([*prefills, *decodes], ladder):
-        yield Trial({shape.phase: shape}, {shape.phase: share})
+    for shape in (*prefills, *decodes):
+        for share in ladders.of(shape.phase):
+            yield Trial({shape.phase: shape}, {shape.phase: share})
     pairs = [(prefills[-1], decodes[-1]), (prefills[-1], decodes[0]), (prefills[0], decodes[-1])]
-    for (prefill, decode), x, y in product(pairs, ladder, ladder):
+    for (prefill, decode), x, y in product(pairs, ladders.prefill, ladders.decode):
         yield Trial({"prefill": prefill, "decode": decode}, {"prefill": x, "decode": y})
 
 

@@ -39,6 +39,8 @@ class LaneWorkers:
         """Who may be sent a step now, if up to `depth` may be in flight."""
         if not self.shares or len(self.step_ids) >= depth:
             return None
+        if self.share == self.wanted:
+            return self.holder
         closest = min(
             self.shares, key=lambda i: (abs(self.shares[i] - self.wanted), -self.shares[i])
         )

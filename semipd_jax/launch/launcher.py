@@ -45,6 +45,7 @@ from semipd_jax.messages import (
     WorkerLost,
 )
 from semipd_jax.shares import backend as shares
+from semipd_jax.tuner.setup import check_profile
 
 MAX_FAILED_STARTS: Final = 5
 """Replacements of one worker that may fail in a row before they are ready. One that was killed from
@@ -288,6 +289,8 @@ class Launcher:
         if process is self._front_end:
             self.address, self.http_address = message.address, message.http_address
         elif process is self._owner:
+            assert message.layout is not None
+            check_profile(self._config, self.device_name, message.layout)
             self._layout = message.layout
             spec = self._spec("coordinator")
             self._coordinator = self._spawn(self._modules.coordinator, spec)

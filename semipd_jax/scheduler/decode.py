@@ -33,7 +33,7 @@ def plan_decode(state: SchedulerState) -> DecodePlan | None:
     rows = table.ready()
     if rows.size == 0:
         return None
-    if table.is_constrained[rows].all() and state.is_decoding:
+    if state.is_decoding and table.is_constrained[rows].all():
         return None
     suspects = rows[table.is_suspect[rows]]
     if suspects.size:

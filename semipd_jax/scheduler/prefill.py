@@ -20,6 +20,8 @@ def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> lis
     Args:
       max_tokens: the chunk budget of this step, if it is not that of the limits.
     """
+    if not state.prefilling and not state.waiting:
+        return []
     budget = state.limits.max_num_batched_tokens if max_tokens is None else max_tokens
     free = state.pages.num_available
     outlook = Outlook(state) if state.waiting and state.free_rows else None

@@ -7,8 +7,6 @@ in any order between lanes; within a lane they are answered in the order they we
 import math
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from semipd_jax.messages import DecodeStep, MixedStep, Phase, PrefillStep, StepDone
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
@@ -192,7 +190,7 @@ class Scheduler:
             self._grow(request, len(request.page_ids) + 1)
         requests = [r for row in ints(plan.rows) if (r := table.requests[row]) is not None]
         full = table.context_lens[plan.rows] % state.limits.page_size == 0
-        step_id = self._send(requests, filling=ints(np.flatnonzero(full)))
+        step_id = self._send(requests, filling=ints(full.nonzero()[0]))
         for request in requests:
             request.num_scheduled += 1
             request.steps.add(step_id)

@@ -208,7 +208,7 @@ class RowTable:
     def ready(self) -> Int32[np.ndarray, " n"]:
         """Rows that may generate another token now."""
         is_ready = self.active & (self.context_lens <= self.max_context_lens) & ~self.awaits_mask
-        return np.flatnonzero(is_ready).astype(np.int32)
+        return is_ready.nonzero()[0].astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,7 @@ def _logit_bias(table: RowTable, rows: np.ndarray, context_lens: list[int]) -> L
 
     A row that generates its n-th token (counting from 0) with n < min_tokens may not stop.
     """
-    biased = ints(np.flatnonzero(table.has_bias[rows]))
+    biased = ints(table.has_bias[rows].nonzero()[0])
     if not biased:
         return None
     picked: list[tuple[int, Bias]] = []
@@ -133,7 +133,7 @@ def _masks(table: RowTable, rows: np.ndarray, sampling: Iterable[int]) -> TokenM
     """Masks of the step's constrained rows among the positions that sample; None if there are no
     such."""
     is_constrained = table.is_constrained[rows]
-    if not is_constrained.any():
+    if not np.count_nonzero(is_constrained):
         return None
     places: list[int] = []
     masks: list[bytes] = []

@@ -1,4 +1,4 @@
-"""What profiling a machine would measure: a latency model fitted to its steps over the ladder."""
+"""What profiling a machine would measure: a latency model fitted to its steps at a few shares."""
 
 from itertools import product
 from typing import Final
@@ -6,9 +6,9 @@ from typing import Final
 from semipd_jax.simulator.machine import Machine
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import Conditions, LatencyModel, Sample
-from semipd_jax.tuner.policy import Ladder
 from semipd_jax.tuner.work import Work
 
+SHARES: Final = (0.2, 0.4, 0.7, 1.0)
 _PREFILL_TOKENS: Final = (64, 256, 512, 1024, 2048, 4096, 8192)
 _CONTEXTS: Final = (0, 2048, 8192)
 _DECODE_ROWS: Final = (1, 4, 16, 48, 96, 160, 256, 384)
@@ -31,8 +31,8 @@ def decode_works(max_rows: int) -> list[Work]:
     ]
 
 
-def samples(machine: Machine, ladder: Ladder, *, max_tokens: int, max_rows: int) -> list[Sample]:
-    """Every step alone and beside a middling step of the other phase, under every pair of rungs."""
+def samples(machine: Machine, *, max_tokens: int, max_rows: int) -> list[Sample]:
+    """Every step alone and beside a middling step of the other phase, at every pair of shares."""
     prefills, decodes = prefill_works(max_tokens), decode_works(max_rows)
     neighbours = {
         "prefill": machine.load((decodes[len(decodes) // 2],)),
@@ -41,16 +41,16 @@ def samples(machine: Machine, ladder: Ladder, *, max_tokens: int, max_rows: int)
     taken: list[Sample] = []
     for work in (*prefills, *decodes):
         load, neighbour = machine.load((work,)), neighbours[work.phase]
-        for share in ladder:
+        for share in SHARES:
             taken.append(Sample(work, Conditions(share), machine.alone_s(load, share)))
-            for other in ladder:
+            for other in SHARES:
                 seconds, _ = machine.together_s(load, share, neighbour, other)
                 taken.append(Sample(work, Conditions(share, other, 1.0), seconds))
     return taken
 
 
 def calibrated(
-    machine: Machine, ladder: Ladder, *, saturation: float, max_tokens: int, max_rows: int
+    machine: Machine, *, saturation: float, max_tokens: int, max_rows: int
 ) -> LatencyModel:
-    taken = samples(machine, ladder, max_tokens=max_tokens, max_rows=max_rows)
+    taken = samples(machine, max_tokens=max_tokens, max_rows=max_rows)
     return profile.fit(taken, saturation=saturation)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from semipd_jax.config import require
+from semipd_jax.config import PHASES, require
 from semipd_jax.simulator import hardware, platform, traces, workloads
 from semipd_jax.simulator.platform import Platform
 from semipd_jax.simulator.systems import Setup
@@ -14,7 +14,8 @@ from semipd_jax.simulator.targets import TIGHT, multiple_of_alone
 from semipd_jax.simulator.traces import TraceRow
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner import profile
-from semipd_jax.tuner.policy import DEFAULT_LADDER, check_ladder
+from semipd_jax.tuner.policies import LADDERS
+from semipd_jax.tuner.policy import Ladder, Ladders
 from semipd_jax.tuner.slo import SloTargets
 
 FLIPPING: Final = "flipping"
@@ -59,7 +60,11 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("simulated engines").add_argument
-    add("--ladder", type=_ladder, default=",".join(map(str, DEFAULT_LADDER)), help="of shares")
+    default = ", ".join(f"{p} {_text(LADDERS['predictive'].of(p))}" for p in PHASES)
+    text = f"shares of both phases [what suits the policy; predictive: {default}]"
+    add("--share-ladder", type=_shares, help=text)
+    add("--prefill-share-ladder", type=_shares, help="the same for prefill alone")
+    add("--decode-share-ladder", type=_shares, help="the same for decode alone")
     add("--chunk-tokens", type=int, default=1024, help="of semi-PD's prefill and of chunked steps")
     add("--whole-tokens", type=int, default=8192, help="of prefill steps without chunks")
     add("--max-num-seqs", type=int, default=512, help="requests that run at once")
@@ -98,7 +103,6 @@ def _lengths(args: argparse.Namespace, name: str) -> Sequence[workloads.Lengths]
 def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
     """Targets that are not given follow from the load."""
     device = _platform(args)
-    check_ladder(args.ladder)
     target = multiple_of_alone(device.machine, workload, args.slo_factor)
     if args.slo_ttft_ms is not None:
         target = replace(target, ttft_ms=args.slo_ttft_ms)
@@ -107,13 +111,20 @@ def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
     return Setup(
         platform=device,
         targets=SloTargets(target, attainment=args.slo_target),
-        ladder=args.ladder,
+        ladders=ladders_of(args),
         chunk_tokens=args.chunk_tokens,
         whole_tokens=args.whole_tokens,
         max_rows=args.max_num_seqs,
         noise=args.noise,
         seed=args.seed,
     )
+
+
+def ladders_of(args: argparse.Namespace) -> Ladders | None:
+    """As the engine takes its flags of these names; None if none is given."""
+    prefill = args.prefill_share_ladder or args.share_ladder
+    decode = args.decode_share_ladder or args.share_ladder
+    return Ladders(prefill or (1.0,), decode or (1.0,)) if prefill or decode else None
 
 
 def _platform(args: argparse.Namespace) -> Platform:
@@ -128,5 +139,9 @@ def _platform(args: argparse.Namespace) -> Platform:
     )
 
 
-def _ladder(text: str) -> tuple[float, ...]:
+def _shares(text: str) -> Ladder:
     return tuple(float(share) for share in text.split(","))
+
+
+def _text(shares: Ladder) -> str:
+    return ",".join(map(str, shares))

@@ -13,7 +13,6 @@ from semipd_jax.simulator.machine import Machine
 from semipd_jax.simulator.profiled import Profiled
 from semipd_jax.simulator.roofline import Roofline, Sharing
 from semipd_jax.tuner.latency import LatencyModel
-from semipd_jax.tuner.policy import Ladder
 from semipd_jax.tuner.profile import Profile, Source, model_of
 
 _GPU_PAGE_SIZE: Final = 64
@@ -28,7 +27,7 @@ class Platform:
       source: `modelled` if its numbers were not measured on the device.
       kv_tokens: number of worker processes → tokens that fit in the pool.
       hop_s: from the end of a step to the start of the next one, if that was not sent ahead.
-      predictor: ladder → a latency model of its own for a tuner to start from.
+      predictor: makes a latency model for a tuner to start from.
       link: to a second device; None if there is none.
     """
 
@@ -39,7 +38,7 @@ class Platform:
     page_size: int
     kv_tokens: Callable[[int], int]
     hop_s: float
-    predictor: Callable[[Ladder], LatencyModel]
+    predictor: Callable[[], LatencyModel]
     link: Link | None = None
 
 
@@ -47,14 +46,9 @@ def modelled(hardware: Hardware, sharing: Sharing) -> Platform:
     machine, device = Roofline(hardware, sharing), hardware.device
 
     @cache
-    def fitted(ladder: Ladder) -> LatencyModel:
-        return calibrated(
-            machine,
-            ladder,
-            saturation=device.saturation,
-            max_tokens=_MAX_TOKENS,
-            max_rows=_MAX_ROWS,
-        )
+    def fitted() -> LatencyModel:
+        limits = {"max_tokens": _MAX_TOKENS, "max_rows": _MAX_ROWS}
+        return calibrated(machine, saturation=device.saturation, **limits)
 
     return Platform(
         name=f"{device.name}, {hardware.shape.name}, shares {sharing}",
@@ -64,7 +58,7 @@ def modelled(hardware: Hardware, sharing: Sharing) -> Platform:
         page_size=_GPU_PAGE_SIZE,
         kv_tokens=lambda num_processes: hardware.kv_tokens(num_processes=num_processes),
         hop_s=device.hop_s,
-        predictor=lambda ladder: deepcopy(fitted(ladder)),
+        predictor=lambda: deepcopy(fitted()),
         link=Link(device.link_bytes_per_s, device.hop_s, hardware.shape.kv_bytes_per_token),
     )
 
@@ -80,5 +74,5 @@ def profiled(profile: Profile, *, kv_tokens: int, page_size: int, hop_s: float) 
         page_size=page_size,
         kv_tokens=lambda _: kv_tokens,
         hop_s=hop_s,
-        predictor=lambda _: deepcopy(model),
+        predictor=lambda: deepcopy(model),
     )

@@ -38,6 +38,10 @@ class Roofline:
         self._saturation = device.saturation
         self._s_per_flop = device.slowdown / (device.flops * shape.tensor_parallel)
         self._s_per_byte = device.slowdown / (device.memory_bytes_per_s * shape.tensor_parallel)
+        self._layer_params = shape.layer_params
+        self._activations = 2 * shape.num_layers * (4 * shape.d_model + 3 * shape.d_ff)
+        self._flops_per_pair = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+        self._kv_bytes_per_token = shape.kv_bytes_per_token
 
     def load(self, works: tuple[Work, ...]) -> Load:
         tokens = sum(work.num_tokens for work in works)
@@ -75,15 +79,13 @@ class Roofline:
         return flops * self._s_per_flop, num_bytes * self._s_per_byte
 
     def _linear(self, tokens: int) -> tuple[float, float]:
-        shape = self.hardware.shape
-        activations = 2 * tokens * shape.num_layers * (4 * shape.d_model + 3 * shape.d_ff)
-        num_bytes = shape.bytes_per_value * (shape.layer_params + activations)
-        return self._op(2 * tokens * shape.layer_params, num_bytes)
+        num_values = self._layer_params + self._activations * tokens
+        num_bytes = self.hardware.shape.bytes_per_value * num_values
+        return self._op(2 * tokens * self._layer_params, num_bytes)
 
     def _attention(self, work: Work) -> tuple[float, float]:
-        shape = self.hardware.shape
-        flops = 4 * shape.num_layers * shape.num_heads * shape.head_dim * work.num_pairs
-        return self._op(flops, shape.kv_bytes_per_token * (work.context_tokens + work.num_tokens))
+        num_bytes = self._kv_bytes_per_token * (work.context_tokens + work.num_tokens)
+        return self._op(self._flops_per_pair * work.num_pairs, num_bytes)
 
     def _head(self, rows: int) -> tuple[float, float]:
         shape = self.hardware.shape

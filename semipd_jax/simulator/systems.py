@@ -22,16 +22,15 @@ from semipd_jax.simulator.engines import (
 from semipd_jax.simulator.platform import Platform
 from semipd_jax.simulator.run import Build, Outcome, run
 from semipd_jax.simulator.workloads import Workload
-from semipd_jax.tuner.policies import make_tuner
-from semipd_jax.tuner.policy import DEFAULT_LADDER, FULL, Ladder, Shares
-from semipd_jax.tuner.replan import PUBLISHED_LADDER
+from semipd_jax.tuner.policies import LADDERS, make_tuner
+from semipd_jax.tuner.policy import FULL, Ladders, Shares
 from semipd_jax.tuner.slo import SloTargets
 from semipd_jax.tuner.tuner import Tuner
 
 BASELINES: Final = ("disaggregated", "colocated", "chunked")
 _POLICIES: Final[Mapping[str, SharePolicy]] = {policy: policy for policy in POLICIES}
 _NO_LIMIT: Final = 2**31
-_REPLAN_LADDER: Final = PUBLISHED_LADDER[::2]  # no more rungs than an engine may have
+_NO_LADDERS: Final = Ladders((1.0,), (1.0,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +38,7 @@ class Setup:
     """What all systems share, and the step budget of each kind.
 
     Attributes:
+      ladders: None means what suits each policy.
       chunk_tokens: of semi-PD's prefill steps, and of chunked steps with their decode rows. The
         default is that of vLLM's chunks in semi-PD's evaluation.
       whole_tokens: of prefill steps of engines without chunked prefill.
@@ -48,7 +48,7 @@ class Setup:
 
     platform: Platform
     targets: SloTargets
-    ladder: Ladder = DEFAULT_LADDER
+    ladders: Ladders | None = None
     chunk_tokens: int = 1024
     whole_tokens: int = 8192
     max_rows: int = 512
@@ -102,13 +102,13 @@ def build(system: System, setup: Setup, workload: Workload) -> Build:
     """A fresh engine for each run of the load."""
     longest = max(row.input_len + row.output_len for row in workload.rows)
     has_prefixes = any(row.hash_ids for row in workload.rows)
-    ladder = _REPLAN_LADDER if system.kind == "semi-pd-replan" else setup.ladder
+    ladders = setup.ladders or LADDERS.get(system.kind, _NO_LADDERS)
     platform = setup.platform
 
     def make(report: Report) -> Engine:
         limits = Limits(
             page_size=platform.page_size,
-            num_pages=1 + platform.kv_tokens(_num_processes(system, ladder)) // platform.page_size,
+            num_pages=1 + platform.kv_tokens(_num_processes(system, ladders)) // platform.page_size,
             num_rows=1 + setup.max_rows,
             max_model_len=longest + 1,
             max_num_batched_tokens=_budget(system, setup),
@@ -126,18 +126,18 @@ def build(system: System, setup: Setup, workload: Workload) -> Build:
         )
         if system.kind in BASELINES:
             return _baseline(system, environment, platform)
-        return _semi_pd(system, environment, setup, ladder)
+        return _semi_pd(system, environment, setup, ladders)
 
     return make
 
 
-def _num_processes(system: System, ladder: Ladder) -> int:
+def _num_processes(system: System, ladders: Ladders) -> int:
     """On one device. Rungs of the published ladder are started when needed: active and spare."""
     if system.kind in BASELINES:
         return 1
     if system.kind == "static":
         return 2
-    return 4 if system.kind == "semi-pd-replan" else 2 * len(ladder)
+    return 4 if system.kind == "semi-pd-replan" else ladders.num_workers
 
 
 def _budget(system: System, setup: Setup) -> int:
@@ -155,16 +155,16 @@ def _baseline(system: System, environment: Environment, platform: Platform) -> E
     return Disaggregated(environment, platform.link)
 
 
-def _semi_pd(system: System, environment: Environment, setup: Setup, ladder: Ladder) -> Engine:
+def _semi_pd(system: System, environment: Environment, setup: Setup, ladders: Ladders) -> Engine:
     policy, targets = _POLICIES[system.kind], setup.targets
-    shares = ShareConfig(ladder=ladder)
+    shares = ShareConfig(prefill_ladder=ladders.prefill, decode_ladder=ladders.decode)
     if policy == "static":
         shares = ShareConfig(prefill=system.shares.prefill, decode=system.shares.decode)
 
     def tuner_of(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
         if policy == "static":
             return None
-        model = setup.platform.predictor(ladder) if policy == "predictive" else None
-        return make_tuner(policy, ladder=ladder, targets=targets, model=model, start=start)
+        model = setup.platform.predictor() if policy == "predictive" else None
+        return make_tuner(policy, ladders=ladders, targets=targets, model=model, start=start)
 
     return SemiPd(environment, shares, policy, targets, tuner_of)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from semipd_jax.config import POLICIES, SharePolicy
+from semipd_jax.config import SharePolicy
 from semipd_jax.errors import ConfigError
 from semipd_jax.tuner.latency import LatencyModel
-from semipd_jax.tuner.policy import FULL, Ladder, Policy, Shares
+from semipd_jax.tuner.policy import FULL, Ladders, Policy, Shares
 from semipd_jax.tuner.predictive import Predictive
-from semipd_jax.tuner.replan import Replan
+from semipd_jax.tuner.replan import PUBLISHED_LADDER, Replan
 from semipd_jax.tuner.semi_pd import SemiPd
 from semipd_jax.tuner.slo import SloTargets
 from semipd_jax.tuner.static import Static
@@ -18,13 +18,21 @@ _REACTIVE: Final[Mapping[str, Callable[..., Policy]]] = {
     "semi-pd": SemiPd,
     "semi-pd-replan": Replan,
 }
-POLICY_NAMES: Final = POLICIES
+
+_WIDE: Final = (0.2, 0.4, 0.7, 1.0)
+_FINE: Final = PUBLISHED_LADDER[::2]  # no more rungs than an engine may have
+LADDERS: Final[Mapping[str, Ladders]] = {
+    "predictive": Ladders(prefill=(1.0,), decode=(0.2, 1.0)),
+    "semi-pd": Ladders(_WIDE, _WIDE),
+    "semi-pd-replan": Ladders(_FINE, _FINE),
+}
+"""Policy → what suits it, see docs/tuning.md."""
 
 
 def make_tuner(
     name: SharePolicy,
     *,
-    ladder: Ladder,
+    ladders: Ladders,
     targets: SloTargets,
     model: LatencyModel | None,
     start: Shares = FULL,
@@ -42,5 +50,5 @@ def make_tuner(
     if name == "predictive":
         if model is None:
             raise ConfigError(f"policy is {name!r}; it needs a tuner_profile")
-        return Tuner(Predictive(ladder, targets, model), model)
-    return Tuner(_REACTIVE[name](ladder, targets, start=start))
+        return Tuner(Predictive(ladders, targets, model), model)
+    return Tuner(_REACTIVE[name](ladders, targets, start=start))

@@ -15,16 +15,29 @@ from semipd_jax.messages import Phase
 from semipd_jax.tuner.work import Work
 
 type Ladder = tuple[float, ...]
-"""Shares that have workers, ascending; the last one is 1.0."""
-
-DEFAULT_LADDER: Final[Ladder] = (0.2, 0.4, 0.7, 1.0)
+"""Shares at which a phase has workers, ascending; the last one is 1.0."""
 
 
-def check_ladder(ladder: Ladder) -> None:
-    """Raises ConfigError unless these are ascending fractions that end with 1."""
-    ascending = list(ladder) == sorted(set(ladder))
-    ok = bool(ladder) and ascending and ladder[0] > 0 and ladder[-1] == 1
-    require(ok, "ladder", ladder, "ascending fractions above 0, the last one 1.0")
+@dataclass(frozen=True, slots=True)
+class Ladders:
+    """Of each phase. Raises ConfigError unless both are ladders."""
+
+    prefill: Ladder
+    decode: Ladder
+
+    def __post_init__(self) -> None:
+        for phase, ladder in (("prefill", self.prefill), ("decode", self.decode)):
+            ascending = list(ladder) == sorted(set(ladder))
+            ok = bool(ladder) and ascending and ladder[0] > 0 and ladder[-1] == 1
+            name = f"{phase}_share_ladder (or share_ladder)"
+            require(ok, name, ladder, "ascending shares above 0, the last one 1.0")
+
+    def of(self, phase: Phase) -> Ladder:
+        return self.prefill if phase == "prefill" else self.decode
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.prefill) + len(self.decode)
 
 
 @dataclass(frozen=True, slots=True)

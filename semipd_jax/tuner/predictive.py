@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from semipd_jax.tuner.latency import LatencyModel, Terms
-from semipd_jax.tuner.policy import Decision, Ladder, Observation, Shares, check_ladder
+from semipd_jax.tuner.policy import FULL, Decision, Ladders, Observation, Shares
 from semipd_jax.tuner.slo import SloTargets
 
 _MARGIN: Final = 0.9
@@ -36,9 +36,8 @@ class Predictive:
       model: predicts step times; its owner may refine it between decisions.
     """
 
-    def __init__(self, ladder: Ladder, targets: SloTargets, model: LatencyModel) -> None:
-        check_ladder(ladder)
-        self._ladder = ladder
+    def __init__(self, ladders: Ladders, targets: SloTargets, model: LatencyModel) -> None:
+        self._ladders = ladders
         self._targets = targets
         self._model = model
         self._presses = False
@@ -48,8 +47,7 @@ class Predictive:
         self._presses = kv_used > (_PRESSURE_ENDS if self._presses else _PRESSURE_BEGINS)
         prefill, decode = observation.prefill, observation.decode
         if prefill is None or decode is None:
-            top = self._ladder[-1]
-            return Decision(Shares(top, top), "alone", inputs=(("kv_used", kv_used),))
+            return Decision(FULL, "alone", inputs=(("kv_used", kv_used),))
         budget_s = _MARGIN * self._targets.tightest_tpot_s(observation.priorities)
         pairs = _Pairs(self._model.terms(prefill), self._model.terms(decode), budget_s)
         choice = self._choose(pairs, observation)
@@ -64,8 +62,8 @@ class Predictive:
     def _choose(self, pairs: "_Pairs", observation: Observation) -> Shares:
         """Of the pair, the share of the phase whose step is sent takes effect."""
         now = observation.shares
-        prefill = (now.prefill,) if observation.phase == "decode" else self._ladder
-        candidates = [Shares(x, y) for x in prefill for y in self._ladder]
+        prefill = (now.prefill,) if observation.phase == "decode" else self._ladders.prefill
+        candidates = [Shares(x, y) for x in prefill for y in self._ladders.decode]
         if self._presses:
             best = pairs.fastest_decode(candidates)
             stays = pairs.prefill_s(now) <= pairs.most_prefill_s(candidates)

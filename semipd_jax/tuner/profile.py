@@ -13,19 +13,44 @@ import numpy as np
 
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
-from semipd_jax.messages import Phase
+from semipd_jax.messages import MemoryLayout, Phase
 from semipd_jax.tuner.latency import FEATURES, LatencyModel, Sample
 
 SCHEMA: Final = "semipd.latency/1"
 _YIELDINGS: Final = tuple(i / 10 for i in range(11))
 
+_SAME_WEIGHTS: Final = 0.05
+
 type Source = Literal["modelled", "measured"]
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model's, as it is served: what every step reads."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    @classmethod
+    def of(cls, layout: MemoryLayout) -> "Sizes":
+        kv_bytes = layout.kv_bytes // (layout.num_pages * layout.page_size)
+        return cls(weight_bytes=layout.weight_bytes, kv_bytes_per_token=kv_bytes)
+
+    def is_like(self, other: "Sizes") -> bool:
+        """Whether steps may take equally long. A few more words in the vocabulary do not matter."""
+        difference = abs(self.weight_bytes - other.weight_bytes)
+        same_kv = self.kv_bytes_per_token == other.kv_bytes_per_token
+        return same_kv and difference <= _SAME_WEIGHTS * self.weight_bytes
+
+    def __str__(self) -> str:
+        weights_mib, kv_bytes = self.weight_bytes / 2**20, self.kv_bytes_per_token
+        return f"{weights_mib:,.1f} MiB of weights and {kv_bytes:,} bytes of KV per token"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
     Attributes:
       notes: where the numbers come from.
+      sizes: of the model, None if they are not known.
       saturation: share of the device that reaches the whole memory bandwidth.
       yielding: phase → what the other phase leaves to it, see `latency.effective_share`.
       coefficients: phase → name → seconds, see `latency.FEATURES`.
@@ -37,6 +62,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: str
     model: str
     notes: tuple[str, ...] = ()
+    sizes: Sizes | None = None
     saturation: float
     yielding: dict[Phase, float]
     coefficients: dict[Phase, dict[str, float]]

@@ -16,11 +16,9 @@ from semipd_jax.tuner.policy import (
     Decision,
     FinishedRequest,
     Ladder,
+    Ladders,
     Observation,
     Shares,
-    check_ladder,
-    rung_above,
-    rung_below,
 )
 from semipd_jax.tuner.slo import SloTargets
 from semipd_jax.tuner.window import Collector, Window
@@ -54,15 +52,14 @@ class Replan:
 
     def __init__(
         self,
-        ladder: Ladder,
+        ladders: Ladders,
         targets: SloTargets,
         *,
         window_size: int = 400,
         max_step: int = 3,
         start: Shares = FULL,
     ) -> None:
-        check_ladder(ladder)
-        self._ladder = ladder
+        self._ladders = ladders
         self._target = targets.default
         self._max_step = max_step
         self._collector = Collector(window_size)
@@ -98,33 +95,32 @@ class Replan:
         elif not holds_tpot:
             reason = "TPOT fails"
             if shares.decode < 1:
-                wanted = [s for s in self._above(shares.decode) if tpot(s) <= tpot_slo]
-                new = Shares(shares.prefill, (wanted or self._above(shares.decode)[-1:])[0])
+                above = self._above(shares.decode, self._ladders.decode)
+                wanted = [s for s in above if tpot(s) <= tpot_slo]
+                new = Shares(shares.prefill, (wanted or above[-1:])[0])
             else:
-                kept = [s for s in self._below(shares.prefill) if ttft(s) <= ttft_slo]
+                below = self._below(shares.prefill, self._ladders.prefill)
+                kept = [s for s in below if ttft(s) <= ttft_slo]
                 new = Shares((kept or [shares.prefill])[-1], shares.decode)
         elif not holds_ttft:
             reason = "TTFT fails"
             if shares.prefill < 1:
-                wanted = [s for s in self._above(shares.prefill) if ttft(s) <= ttft_slo]
-                new = Shares((wanted or self._above(shares.prefill)[-1:])[0], shares.decode)
+                above = self._above(shares.prefill, self._ladders.prefill)
+                wanted = [s for s in above if ttft(s) <= ttft_slo]
+                new = Shares((wanted or above[-1:])[0], shares.decode)
             else:
-                kept = [s for s in self._below(shares.decode) if tpot(s) <= tpot_slo]
+                below = self._below(shares.decode, self._ladders.decode)
+                kept = [s for s in below if tpot(s) <= tpot_slo]
                 new = Shares(shares.prefill, (kept or [shares.decode])[-1])
         inputs = (("wait_s", worst.queue_s), ("latency_s", worst.prefill_s), ("tpot_s", tpot_s))
         return Decision(new, reason, ttft(new.prefill), tpot(new.decode), inputs)
 
-    def _above(self, share: float) -> list[float]:
-        rungs: list[float] = []
-        while len(rungs) < self._max_step and (up := rung_above(share, self._ladder)) is not None:
-            rungs.append(share := up)
-        return rungs
+    def _above(self, share: float, ladder: Ladder) -> list[float]:
+        """The rungs within reach of one decision, nearest first."""
+        return [rung for rung in ladder if rung > share][: self._max_step]
 
-    def _below(self, share: float) -> list[float]:
-        rungs: list[float] = []
-        while len(rungs) < self._max_step and (down := rung_below(share, self._ladder)) is not None:
-            rungs.append(share := down)
-        return rungs
+    def _below(self, share: float, ladder: Ladder) -> list[float]:
+        return [rung for rung in reversed(ladder) if rung < share][: self._max_step]
 
 
 def _late(window: Window) -> FinishedRequest:

@@ -26,10 +26,9 @@ from typing import Final
 from semipd_jax.tuner.policy import (
     FULL,
     Decision,
-    Ladder,
+    Ladders,
     Observation,
     Shares,
-    check_ladder,
     rung_above,
     rung_below,
 )
@@ -90,15 +89,14 @@ class SemiPd:
 
     def __init__(
         self,
-        ladder: Ladder,
+        ladders: Ladders,
         targets: SloTargets,
         *,
         window_size: int = 400,
         max_step: int = 3,
         start: Shares = FULL,
     ) -> None:
-        check_ladder(ladder)
-        self._ladder = ladder
+        self._ladders = ladders
         self._targets = targets
         self._max_step = max_step
         self._collector = Collector(window_size)
@@ -143,13 +141,13 @@ class SemiPd:
         return shares
 
     def _more_prefill(self, shares: Shares) -> Shares:
-        if (higher := rung_above(shares.prefill, self._ladder)) is not None:
+        if (higher := rung_above(shares.prefill, self._ladders.prefill)) is not None:
             return Shares(higher, shares.decode)
-        lower = rung_below(shares.decode, self._ladder)
+        lower = rung_below(shares.decode, self._ladders.decode)
         return shares if lower is None else Shares(shares.prefill, lower)
 
     def _more_decode(self, shares: Shares) -> Shares:
-        if (higher := rung_above(shares.decode, self._ladder)) is not None:
+        if (higher := rung_above(shares.decode, self._ladders.decode)) is not None:
             return Shares(shares.prefill, higher)
-        lower = rung_below(shares.prefill, self._ladder)
+        lower = rung_below(shares.prefill, self._ladders.prefill)
         return shares if lower is None else Shares(lower, shares.decode)

@@ -1,18 +1,30 @@
 """From an engine's options to its tuner."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from semipd_jax.config import EngineConfig, SharePolicy, TunerConfig, require
-from semipd_jax.errors import ConfigError
+from semipd_jax.config import PHASES, EngineConfig, ShareConfig, SharePolicy, TunerConfig, require
+from semipd_jax.errors import ConfigError, StartupError
+from semipd_jax.messages import MemoryLayout
 from semipd_jax.tuner.policies import make_tuner
-from semipd_jax.tuner.policy import Shares
-from semipd_jax.tuner.profile import Profile, from_json, model_of
+from semipd_jax.tuner.policy import Ladders, Shares
+from semipd_jax.tuner.profile import Profile, Sizes, from_json, model_of
 from semipd_jax.tuner.slo import SloTarget, SloTargets, parse_classes
 from semipd_jax.tuner.tuner import Tuner
 
-_LADDER: Final = "the same share_ladder for both phases, two shares or more, the largest 1.0"
+_CHOICE: Final = "two shares or more for one phase at least, to choose from"
+
+_log = logging.getLogger(__name__)
+
+
+def ladders_of(config: ShareConfig) -> Ladders:
+    """Raises ConfigError if these are no ladders, or leave nothing to choose."""
+    ladders = Ladders(config.rungs("prefill"), config.rungs("decode"))
+    has_choice = ladders.num_workers > len(PHASES)
+    require(has_choice, "share_ladder", config.ladder, _CHOICE)
+    return ladders
 
 
 def targets_of(config: TunerConfig) -> SloTargets:
@@ -28,6 +40,28 @@ def load_profile(path: str) -> Profile:
         raise ConfigError(f"tuner_profile {path!r} cannot be read: {error.strerror}") from error
     except ConfigError as error:
         raise ConfigError(f"tuner_profile {path!r}: {error}") from error
+
+
+def check_profile(config: EngineConfig, device: str, layout: MemoryLayout) -> None:
+    """Compares what the profile was made for with what is about to run, and warns of differences.
+
+    Raises:
+      StartupError: it is of a model of another size, so its step times cannot be right.
+    """
+    path, model = config.tuner.profile, config.model.name
+    if path is None:
+        return
+    profile, sizes = load_profile(path), Sizes.of(layout)
+    if profile.sizes is None:
+        if profile.model != model:
+            _log.warning("%s is a profile of the model %r, not of %r", path, profile.model, model)
+    elif not sizes.is_like(profile.sizes):
+        raise StartupError(
+            f"tuner_profile {path!r} is of the model {profile.model!r} with {profile.sizes}; the "
+            f"model here is {model!r} with {sizes}: make a profile of it, with its dtype"
+        )
+    if profile.device != device:
+        _log.warning("%s is a profile of the device %r, not of %r", path, profile.device, device)
 
 
 def tuner_factory(
@@ -46,11 +80,9 @@ def tuner_factory(
     def make(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
         if policy == "static":
             return None
-        ladder = shares.rungs("prefill")
-        is_ladder = len(ladder) > 1 and ladder == shares.rungs("decode") and ladder[-1] == 1.0
-        require(is_ladder, f"share_ladder under the policy {policy}", ladder, _LADDER)
+        ladders = ladders_of(shares)
         _require_promises(policy, targets)
-        return make_tuner(policy, ladder=ladder, targets=targets, model=model, start=start)
+        return make_tuner(policy, ladders=ladders, targets=targets, model=model, start=start)
 
     return make
 

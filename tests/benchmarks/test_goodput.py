@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.goodput import statics
 from benchmarks.goodput.__main__ import main
 from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
 from benchmarks.goodput.live import flags_of, outcome_of
@@ -20,8 +21,10 @@ from semipd_jax import serve
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.systems import parse
+from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
+LADDERS = Ladders(prefill=(1.0,), decode=(0.4, 1.0))
 TARGETS = SloTargets(SloTarget(ttft_ms=100.0, tpot_ms=50.0))
 
 
@@ -189,19 +192,20 @@ def test_agreement_is_of_what_both_have():
         ("chunked", "--scheduling-policy fcfs --mode chunked"),
         (
             "predictive+spf",
-            "--scheduling-policy spf --policy predictive --share-ladder 0.5,1.0 "
+            "--scheduling-policy spf --policy predictive "
+            "--decode-share-ladder 0.4,1.0 --prefill-share-ladder 1.0 "
             "--slo-ttft-ms 100.0 --slo-tpot-ms 50.0 --tuner-profile p.json",
         ),
     ],
 )
 def test_systems_are_flags_of_a_server(name, flags):
-    assert flags_of(parse(name), TARGETS.default, (0.5, 1.0), Path("p.json")) == flags.split()
+    assert flags_of(parse(name), TARGETS.default, LADDERS, Path("p.json")) == flags.split()
     serve._parser("serve").parse_args(flags.split())
 
 
 def test_disaggregation_is_no_single_server():
     with pytest.raises(ConfigError, match="disaggregated"):
-        flags_of(parse("disaggregated"), TARGETS.default, (0.5, 1.0), None)
+        flags_of(parse("disaggregated"), TARGETS.default, LADDERS, None)
 
 
 def test_server_outcomes_are_what_clients_saw():
@@ -228,8 +232,9 @@ def test_servers_need_targets(capsys):
 # ------------------------------------------------------------ the command
 
 
-def test_command_measures_draws_and_draws_again(tmp_path, capsys):
-    given = ["--num-requests", "30", "--repeat", "1", "--precision", "0.5", "--ladder", "1.0"]
+def test_command_measures_draws_and_draws_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statics, "SHARES", (1.0,))
+    given = ["--num-requests", "30", "--repeat", "1", "--precision", "0.5", "--share-ladder", "1.0"]
     given += ["--length-scale", "0.05", "--slo-ttft-ms", "15"]
     systems = ["--systems", "static:1,1 predictive+spf", "--check-statics"]
     assert main([*given, *systems, "--out", str(tmp_path / "a")]) == 0

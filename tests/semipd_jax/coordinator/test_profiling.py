@@ -16,10 +16,13 @@ from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.profiled import Profiled
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import Conditions, LatencyModel
+from semipd_jax.tuner.policy import Ladders
+from semipd_jax.tuner.setup import ladders_of
 from semipd_jax.tuner.work import work_of
 
 LADDER = (0.25, 0.5, 1.0)
 BUDGET = 512
+SIZES = profile.Sizes(weight_bytes=1, kv_bytes_per_token=2)
 
 
 def layout(*, max_model_len=2048, num_pages=2049, num_rows=65) -> MemoryLayout:
@@ -78,17 +81,29 @@ def true_model() -> LatencyModel:
     )
 
 
-def test_a_profile_predicts_what_was_measured():
+@pytest.mark.parametrize("prefill_ladder", [LADDER, (1.0,)])
+def test_a_profile_predicts_what_was_measured(prefill_ladder):
     model = true_model()
     bench = VirtualWorkers(model, noise=0.02).bench()
-    samples = [s for trial in trials(layout(), BUDGET, LADDER) for s in bench.run(trial)]
-    made = fitted(samples, build_config("m", share_ladder=LADDER), "a device")
+    config = build_config("m", share_ladder=LADDER, prefill_share_ladder=prefill_ladder)
+    ladders = ladders_of(config.shares)
+    samples = [s for trial in trials(layout(), BUDGET, ladders) for s in bench.run(trial)]
+    made = fitted(samples, config, "a device", SIZES)
     assert (made.source, made.device, made.model) == ("measured", "a device", "m")
+    assert made.sizes == SIZES
     assert max(made.error.values()) < 0.03
     again = profile.model_of(profile.from_json(profile.to_json(made)))
     for sample in samples:
         wanted = model.predict(sample.work, sample.conditions)
         assert again.predict(sample.work, sample.conditions) == pytest.approx(wanted, rel=0.1)
+
+
+def test_each_phase_is_measured_at_its_own_shares():
+    planned = list(trials(layout(), BUDGET, Ladders(prefill=(0.5, 1.0), decode=(0.25, 1.0))))
+    alone = {(p, s) for t in planned if len(t.shares) == 1 for p, s in t.shares.items()}
+    assert alone == {("prefill", 0.5), ("prefill", 1.0), ("decode", 0.25), ("decode", 1.0)}
+    pairs = {(t.shares["prefill"], t.shares["decode"]) for t in planned if len(t.shares) == 2}
+    assert pairs == {(0.5, 0.25), (0.5, 1.0), (1.0, 0.25), (1.0, 1.0)}
 
 
 def test_steps_side_by_side_are_told_from_steps_alone():

@@ -30,7 +30,7 @@ from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.tuner.latency import LatencyModel, Sample
 from semipd_jax.tuner.policies import make_tuner
-from semipd_jax.tuner.policy import Decision, Observation, Shares
+from semipd_jax.tuner.policy import Decision, Ladders, Observation, Shares
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 from semipd_jax.tuner.tuner import Tuner
 
@@ -283,7 +283,7 @@ def test_the_predictive_policy_learns_and_its_error_is_known():
     )
     engine = TunedEngine(
         lambda policy, targets, start: make_tuner(
-            policy, ladder=LADDER, targets=targets, model=model, start=start
+            policy, ladders=Ladders(LADDER, LADDER), targets=targets, model=model, start=start
         )
     )
     engine.submit(1, prompt_len=4, max_tokens=25)

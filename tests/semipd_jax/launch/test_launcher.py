@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from launch_rig import FAKES, TESTS, Client, children, config, expected, wait_until
+from modelled_profile import save_profile
 
-from semipd_jax.config import EngineConfig, ModelConfig
+from semipd_jax.config import EngineConfig, ModelConfig, TunerConfig
 from semipd_jax.errors import CheckpointError, EngineError, StartupError, UnavailableError
 from semipd_jax.launch.launcher import MAX_FAILED_STARTS, Launcher
+from semipd_jax.tuner.profile import Sizes
 
 
 @pytest.fixture
@@ -122,6 +124,15 @@ def test_the_reason_of_a_failed_start_is_raised():
         launcher.start()
     assert not children()
     assert not Path(launcher.run_dir).exists()
+
+
+def test_a_profile_of_another_model_prevents_the_start(tmp_path):
+    path = save_profile(tmp_path / "p.json", Sizes(weight_bytes=1 << 30, kv_bytes_per_token=1024))
+    with_profile = EngineConfig(model=ModelConfig(path="none"), tuner=TunerConfig(profile=path))
+    launcher = Launcher(with_profile, modules=FAKES)
+    with pytest.raises(StartupError, match=r"the model 'demo' with 1,024\.0 MiB of weights"):
+        launcher.start()
+    assert not children()
 
 
 def test_a_start_that_takes_too_long_says_who_is_missing():

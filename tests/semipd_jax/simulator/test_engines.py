@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from semipd_jax.simulator.targets import multiple_of_alone
 from semipd_jax.simulator.traces import TraceRow
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.latency import LatencyModel
+from semipd_jax.tuner.policies import LADDERS
+from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
 SYSTEMS = (*POLICIES, "predictive+spf", "colocated", "chunked", "disaggregated")
@@ -50,7 +53,7 @@ def by_hand(*, kv_tokens=10_000, hop_s=0.0) -> Platform:
         page_size=16,
         kv_tokens=lambda _: kv_tokens,
         hop_s=hop_s,
-        predictor=lambda _: LatencyModel(steady, 1.0, {"prefill": 1.0, "decode": 1.0}),
+        predictor=lambda: LatencyModel(steady, 1.0, {"prefill": 1.0, "decode": 1.0}),
         link=Link(bytes_per_s=1e6, latency_s=0.0, bytes_per_token=1000),
     )
 
@@ -142,6 +145,32 @@ def test_runs_are_determined_by_the_seed(name):
 
     assert times(0) == times(0)
     assert times(0) != times(1)
+
+
+def test_each_rung_of_each_phase_is_a_process_that_takes_memory():
+    asked = []
+
+    def kv_tokens(num_processes: int) -> int:
+        asked.append(num_processes)
+        return 10_000
+
+    ladders = Ladders(prefill=(1.0,), decode=(0.4, 1.0))
+    platform = replace(by_hand(), kv_tokens=kv_tokens)
+    for name in ("colocated", "static:1,1", "semi-pd", "predictive"):
+        simulated(name, load((0.0, 10, 2)), platform, ladders=ladders)
+    simulated("predictive", load((0.0, 10, 2)), platform)
+    assert asked == [1, 2, 3, 3, LADDERS["predictive"].num_workers]
+
+
+def test_phases_move_on_their_own_ladders():
+    ladders = Ladders(prefill=(0.5, 1.0), decode=(0.2, 1.0))
+    model = by_hand().predictor()
+    model.yielding = {"prefill": 0.0, "decode": 0.0}  # so that decode's share matters to prefill
+    rows = load(*[(0.3 * i, 200, 30) for i in range(10)])
+    platform = replace(by_hand(), predictor=lambda: model)
+    shares = simulated("predictive", rows, platform, ladders=ladders).shares
+    assert {share for _, share in shares["prefill"]} <= {0.5, 1.0}
+    assert {share for _, share in shares["decode"]} == {0.2, 1.0}
 
 
 def test_prefixes_of_a_trace_are_found_in_the_cache():
@@ -244,7 +273,24 @@ def test_seeds_take_parts_of_a_trace(tmp_path):
         flags.workload_of(args, str(trace), 3)
 
 
+@pytest.mark.parametrize(
+    ("given", "prefill", "decode"),
+    [
+        ("--share-ladder 0.5,1", (0.5, 1.0), (0.5, 1.0)),
+        ("--share-ladder 0.5,1 --prefill-share-ladder 1", (1.0,), (0.5, 1.0)),
+        ("--decode-share-ladder 0.1,1", (1.0,), (0.1, 1.0)),
+    ],
+)
+def test_ladders_are_given_for_both_phases_or_for_each(given, prefill, decode):
+    parser = argparse.ArgumentParser()
+    flags.add_engine(parser)
+    assert flags.ladders_of(parser.parse_args(given.split())) == Ladders(prefill, decode)
+    assert flags.ladders_of(parser.parse_args([])) is None
+
+
 def test_bad_flags_are_explained(capsys):
+    assert simulate.main(["--decode-share-ladder", "0.4,0.9"]) == 2
+    assert "decode_share_ladder (or share_ladder) is (0.4, 0.9)" in capsys.readouterr().err
     assert simulate.main(["--systems", "best"]) == 2
     assert "system is 'best'; allowed: static" in capsys.readouterr().err
     assert simulate.main(["--hardware", "h300"]) == 2

@@ -151,16 +151,16 @@ def test_a_fused_step_reads_the_weights_once():
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_a_tuner_can_learn_the_machine(sharing):
-    machine, ladder = h100(sharing), (0.2, 0.4, 0.7, 1.0)
+    machine = h100(sharing)
     limits = {"max_tokens": 2048, "max_rows": 256}
-    model = calibrated(machine, ladder, saturation=1 / 3, **limits)
-    errors = mean_error(model, samples(machine, ladder, **limits))
+    model = calibrated(machine, saturation=1 / 3, **limits)
+    errors = mean_error(model, samples(machine, **limits))
     assert max(errors.values()) < 0.2
     assert (model.yielding["prefill"] > 0.5) == (sharing == "conserving")
 
 
 def test_a_profile_is_a_machine_too():
-    model = calibrated(h100(), (0.5, 1.0), saturation=1 / 3, max_tokens=2048, max_rows=256)
+    model = calibrated(h100(), saturation=1 / 3, max_tokens=2048, max_rows=256)
     machine = Profiled(model)
     own, other = machine.load((prefill(1024),)), machine.load((decode(64, 500),))
     assert machine.alone_s(own, 0.5) == model.terms(prefill(1024)).at(0.5, 0.0)

@@ -160,6 +160,16 @@ def test_recursive_least_squares_follows_a_machine_that_slows_down():
     assert profile.mean_error(model, samples(rng, slow, 500))["decode"] < 0.05
 
 
+def test_hours_without_a_kind_of_step_do_not_wear_out_what_the_prior_says_of_it():
+    """No step shows the second coefficient, until a bad sample does: 30 % off, and just one."""
+    prior = np.array([1e-3, 1e-3])
+    fit = RecursiveLeastSquares(prior, 0.3 * prior)
+    for _ in range(10_000):
+        fit.update(np.array([1.0, 0.0]), 1e-3)
+    fit.update(np.array([1.0, 1.0]), 1.3 * 2e-3)
+    np.testing.assert_allclose(fit.coefficients, prior, rtol=0.2)
+
+
 def test_fit_recovers_a_model_and_a_file_keeps_it():
     rng, model = np.random.default_rng(2), true_model()
     fitted = profile.fit(samples(rng, model, 2000), saturation=1 / 3)

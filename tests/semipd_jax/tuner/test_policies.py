@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semipd_jax.config import POLICIES
 from semipd_jax.errors import ConfigError
 from semipd_jax.tuner.latency import Conditions, LatencyModel, Sample
-from semipd_jax.tuner.policies import POLICY_NAMES, make_tuner
-from semipd_jax.tuner.policy import FULL, FinishedRequest, Observation, Policy, Shares, check_ladder
+from semipd_jax.tuner.policies import make_tuner
+from semipd_jax.tuner.policy import FULL, FinishedRequest, Ladders, Observation, Policy, Shares
 from semipd_jax.tuner.predictive import Predictive
 from semipd_jax.tuner.replan import PUBLISHED_LADDER, Replan
 from semipd_jax.tuner.semi_pd import SemiPd
@@ -16,6 +17,7 @@ from semipd_jax.tuner.slo import SloTarget, SloTargets
 from semipd_jax.tuner.work import Work
 
 LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
+LADDERS = Ladders(LADDER, LADDER)
 MODEL = {
     "prefill": np.array([1e-3, 5e-3, 25e-3, 2e-3, 4e-3]),
     "decode": np.array([0.5e-3, 6e-3, 8e-3, 1e-3, 1e-3, 2e-3]),
@@ -88,7 +90,7 @@ def test_a_tighter_tpot_never_gives_decode_less(decode, prefill, sent, a, b):
     tight, loose = sorted((a, b))
     got = [
         settled(
-            Predictive(LADDER, targets(tpot_ms=tpot), model()),
+            Predictive(LADDERS, targets(tpot_ms=tpot), model()),
             decode=decode,
             prefill=prefill,
             shares=Shares(sent, 1.0),
@@ -101,7 +103,7 @@ def test_a_tighter_tpot_never_gives_decode_less(decode, prefill, sent, a, b):
 @settings(deadline=None, max_examples=40)
 @given(loads, prompts, phases, st.floats(2, 200))
 def test_decode_holds_its_target_whenever_a_pair_can(decode, prefill, phase, tpot_ms):
-    predictive = Predictive(LADDER, targets(tpot_ms=tpot_ms), model())
+    predictive = Predictive(LADDERS, targets(tpot_ms=tpot_ms), model())
     shares = settled(predictive, phase, decode=decode, prefill=prefill)
     terms = model().terms(decode)
     sent = LADDER if phase == "prefill" else (1.0,)
@@ -113,7 +115,7 @@ def test_decode_holds_its_target_whenever_a_pair_can(decode, prefill, phase, tpo
 
 
 def test_decode_gets_just_enough():
-    predictive = Predictive(LADDER, targets(tpot_ms=24.0), model())
+    predictive = Predictive(LADDERS, targets(tpot_ms=24.0), model())
     shares = settled(predictive)
     terms = model().terms(decode_work(64, 1000))
     lower = max(rung for rung in LADDER if rung < shares.decode)
@@ -122,7 +124,7 @@ def test_decode_gets_just_enough():
 
 @pytest.mark.parametrize("alone", ["prefill", "decode"])
 def test_a_phase_that_is_alone_takes_everything(alone):
-    predictive = Predictive(LADDER, targets(), model())
+    predictive = Predictive(LADDERS, targets(), model())
     other = "decode" if alone == "prefill" else "prefill"
     decision = predictive.decide(observe(alone, shares=Shares(0.2, 0.2), **{other: None}))
     assert decision.shares.of(alone) == 1.0
@@ -130,7 +132,7 @@ def test_a_phase_that_is_alone_takes_everything(alone):
 
 
 def test_decode_gets_more_at_once_and_less_when_it_can_spare_it():
-    predictive = Predictive(LADDER, targets(tpot_ms=24.0), model())
+    predictive = Predictive(LADDERS, targets(tpot_ms=24.0), model())
     low = settled(predictive, decode=decode_work(4, 500)).decode
     busy = decode_work(128, 1000)
     high = predictive.decide(observe(decode=busy, shares=Shares(1.0, low))).shares.decode
@@ -144,7 +146,7 @@ def test_decode_gets_more_at_once_and_less_when_it_can_spare_it():
 def test_no_flapping_under_noise(seed, phase, rows, context):
     """Loads that jitter by 3 % around a point, wherever it lies, change shares at most twice."""
     rng = np.random.default_rng(seed)
-    predictive = Predictive(LADDER, targets(tpot_ms=40.0), model())
+    predictive = Predictive(LADDERS, targets(tpot_ms=40.0), model())
     shares, changes = settled(predictive, phase, decode=decode_work(rows, context)), 0
     for _ in range(100):
         jitter = 1 + 0.03 * rng.uniform(-1, 1)
@@ -156,7 +158,7 @@ def test_no_flapping_under_noise(seed, phase, rows, context):
 
 
 def test_kv_pressure_switches_the_objective_and_has_hysteresis():
-    predictive = Predictive(LADDER, targets(tpot_ms=200.0), model())
+    predictive = Predictive(LADDERS, targets(tpot_ms=200.0), model())
 
     def share(kv_used: float) -> float:
         return settled(predictive, kv_used=kv_used).decode
@@ -170,7 +172,7 @@ def test_kv_pressure_switches_the_objective_and_has_hysteresis():
 @settings(deadline=None, max_examples=40)
 @given(loads, prompts)
 def test_under_pressure_prefill_stays_near_its_best(decode, prefill):
-    predictive = Predictive(LADDER, targets(), model())
+    predictive = Predictive(LADDERS, targets(), model())
     shares = settled(predictive, "prefill", decode=decode, prefill=prefill, kv_used=0.9)
     terms = model().terms(prefill)
     best = min(terms.at(x, y) for x in LADDER for y in LADDER)
@@ -184,8 +186,26 @@ def test_the_tightest_class_that_decodes_decides():
     assert SloTargets().tightest_tpot_s({0}) == float("inf")
 
 
+@settings(deadline=None, max_examples=40)
+@given(loads, prompts, phases, st.floats(2, 200), st.floats(0, 1))
+def test_each_phase_moves_on_its_own_ladder(decode, prefill, phase, tpot_ms, kv_used):
+    ladders = Ladders(prefill=(0.6, 1.0), decode=(0.2, 0.8, 1.0))
+    predictive = Predictive(ladders, targets(tpot_ms=tpot_ms), model())
+    shares = settled(predictive, phase, decode=decode, prefill=prefill, kv_used=kv_used)
+    assert shares.prefill in ladders.prefill
+    assert shares.decode in ladders.decode
+
+
+def test_a_phase_with_one_rung_stays_there():
+    tight = targets(tpot_ms=2.0)
+    for ladders in (Ladders((1.0,), LADDER), Ladders(LADDER, (1.0,))):
+        shares = settled(Predictive(ladders, tight, model()), "prefill")
+        assert shares.decode == 1.0, "out of reach: decode first"
+        assert shares.prefill == ladders.prefill[0]
+
+
 def test_a_decision_explains_itself():
-    decision = Predictive(LADDER, targets(), model()).decide(observe())
+    decision = Predictive(LADDERS, targets(), model()).decide(observe())
     record = json.loads(json.dumps(decision.record()))
     assert record["shares"].keys() == {"prefill", "decode"}
     assert record["inputs"] == {"kv_used": 0.3, "budget_s": pytest.approx(0.027)}
@@ -208,7 +228,7 @@ def after(policy: Policy, finished) -> Shares:
 
 def algorithm_1(start: Shares, *, ttft_ms=300.0, tpot_ms=150.0, max_step=3) -> SemiPd:
     slo = targets(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
-    return SemiPd(LADDER, slo, window_size=10, max_step=max_step, start=start)
+    return SemiPd(LADDERS, slo, window_size=10, max_step=max_step, start=start)
 
 
 def test_algorithm_1_step_by_step():
@@ -262,12 +282,23 @@ def test_algorithm_1_does_not_stumble_over_the_pole():
     assert after(algorithm_1(Shares(0.6, 0.6)), finished) == Shares(1.0, 0.4)
 
 
+def test_algorithm_1_moves_each_phase_on_its_own_ladder():
+    """As in the step by step test, with no rung of prefill between 0.6 and 1, and decode's at 0.3:
+    x' = 1 / 1.3 = 0.76923, shape = 0.6809 / 0.51923 + 0.022 = 1.33336: 0.24282 s."""
+    ladders = Ladders(prefill=(0.6, 1.0), decode=(0.3, 0.6, 1.0))
+    slo, finished = targets(ttft_ms=300.0, tpot_ms=150.0), window(ttft_s=0.5, tpot_s=0.1)
+    policy = SemiPd(ladders, slo, window_size=10, start=Shares(0.6, 0.6))
+    decision = policy.decide(observe(finished=finished))
+    assert decision.shares == Shares(1.0, 0.3)
+    assert decision.predicted_prefill_s == pytest.approx(0.24282, abs=1e-5)
+
+
 # ------------------------------------------------------------ the public branch's rules
 
 
 def replan(start: Shares, *, ttft_ms=500.0, tpot_ms=100.0) -> Replan:
     slo = targets(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
-    return Replan(PUBLISHED_LADDER, slo, window_size=10, start=start)
+    return Replan(Ladders(PUBLISHED_LADDER, PUBLISHED_LADDER), slo, window_size=10, start=start)
 
 
 @pytest.mark.parametrize(
@@ -296,24 +327,36 @@ def test_public_replan_rules(start, ttft_s, tpot_s, expected):
     assert after(replan(start), finished) == expected
 
 
+@pytest.mark.parametrize(
+    ("ttft_s", "tpot_s", "expected"),
+    [(0.1, 0.2, Shares(0.9, 1.0)), (2.0, 0.05, Shares(1.0, 0.95))],
+)
+def test_public_rules_move_each_phase_on_its_own_ladder(ttft_s, tpot_s, expected):
+    ladders = Ladders(prefill=(0.9, 1.0), decode=(0.95, 1.0))
+    slo = targets(ttft_ms=500.0, tpot_ms=100.0)
+    policy = Replan(ladders, slo, window_size=10, start=Shares(1.0, 1.0))
+    assert after(policy, window(ttft_s=ttft_s, tpot_s=tpot_s)) == expected
+
+
 # ------------------------------------------------------------ tuner
 
 
 def test_policies_by_name():
-    for name in POLICY_NAMES:
-        tuner = make_tuner(name, ladder=LADDER, targets=targets(), model=model())
+    for name in POLICIES:
+        tuner = make_tuner(name, ladders=LADDERS, targets=targets(), model=model())
         assert tuner.decide(observe()).shares.prefill in LADDER
 
 
 @pytest.mark.parametrize("ladder", [(), (0.5,), (1.0, 0.5), (0.0, 1.0), (0.5, 0.5, 1.0)])
 def test_bad_ladders_are_refused(ladder):
-    with pytest.raises(ConfigError, match="ladder"):
-        check_ladder(ladder)
+    for ladders, named in (((ladder, LADDER), "prefill"), ((LADDER, ladder), "decode")):
+        with pytest.raises(ConfigError, match=rf"{named}_share_ladder \(or share_ladder\) is"):
+            Ladders(*ladders)
 
 
 def test_steps_refine_the_model_that_the_policy_predicts_with():
     predicting, machine = model(), twice_as_slow()
-    tuner = make_tuner("predictive", ladder=LADDER, targets=targets(), model=predicting)
+    tuner = make_tuner("predictive", ladders=LADDERS, targets=targets(), model=predicting)
     rng = np.random.default_rng(0)
     for _ in range(4000):
         rows, context = int(rng.integers(1, 200)), int(rng.integers(50, 3000))

@@ -1,33 +1,45 @@
 """Which options make a tuner, and what is said about those that do not."""
 
+import logging
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from semipd_jax.errors import ConfigError
+from semipd_jax.errors import ConfigError, StartupError
+from semipd_jax.messages import MemoryLayout
 from semipd_jax.options import build_config
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import FEATURES
-from semipd_jax.tuner.policy import FULL
-from semipd_jax.tuner.setup import targets_of, tuner_factory
+from semipd_jax.tuner.policy import FULL, Ladders
+from semipd_jax.tuner.profile import Profile, Sizes
+from semipd_jax.tuner.setup import check_profile, ladders_of, targets_of, tuner_factory
 from semipd_jax.tuner.slo import SloTarget
 
 SLO = {"slo_ttft_ms": 300, "slo_tpot_ms": 50}
 LADDER = {"share_ladder": (0.4, 0.7, 1.0)}
 
 
-@pytest.fixture
-def profile_path(tmp_path) -> str:
-    path = tmp_path / "profile.json"
-    made = profile.Profile(
+SIZES = Sizes(weight_bytes=16_000_000, kv_bytes_per_token=1024)
+
+
+def save_profile(path: Path, sizes: Sizes | None = SIZES) -> str:
+    made = Profile(
         source="measured",
         device="d",
         model="m",
+        sizes=sizes,
         saturation=0.5,
         yielding={"prefill": 0.0, "decode": 0.0},
         coefficients={p: dict.fromkeys(names, 1e-3) for p, names in FEATURES.items()},
     )
     path.write_text(profile.to_json(made))
     return str(path)
+
+
+@pytest.fixture
+def profile_path(tmp_path) -> str:
+    return save_profile(tmp_path / "profile.json")
 
 
 def test_static_is_the_default_and_needs_nothing():
@@ -56,6 +68,11 @@ def test_reactive_policies_need_a_ladder_and_promises(policy):
     assert tuner_factory(config)(policy, targets_of(config.tuner), FULL) is not None
 
 
+def test_a_ladder_for_one_phase_is_enough():
+    shares = build_config("m", decode_share_ladder=(0.2, 0.4)).shares
+    assert ladders_of(shares) == Ladders(prefill=(1.0,), decode=(0.2, 0.4, 1.0))
+
+
 def test_the_predictive_policy_needs_a_profile_too(profile_path):
     config = build_config("m", policy="predictive", tuner_profile=profile_path, **SLO, **LADDER)
     assert tuner_factory(config)("predictive", targets_of(config.tuner), FULL) is not None
@@ -70,15 +87,16 @@ def test_the_predictive_policy_needs_a_profile_too(profile_path):
         ({"slo_classes": "x:1:2"}, "slo_classes is 'x:1:2'"),
         ({"slo_classes": "1:-1:2"}, "slo_classes is '1:-1:2'"),
         ({"slo_target": 1.0}, "slo_target is 1.0"),
-        ({"policy": "semi-pd", **SLO}, "share_ladder under the policy semi-pd is"),
+        ({"policy": "semi-pd", **SLO}, r"share_ladder is \(\); allowed: two shares or more"),
         (
             {"policy": "semi-pd", **SLO, "share_ladder": (0.5, 0.9), "prefill_share": 0.9}
             | {"decode_share": 0.9},
-            "the largest 1.0",
+            r"prefill_share_ladder \(or share_ladder\) is \(0.5, 0.9\); .* the last one 1.0",
         ),
         (
-            {"policy": "semi-pd", **SLO, **LADDER, "decode_share_ladder": (0.2, 1.0)},
-            "the same share_ladder for both phases",
+            {"policy": "semi-pd", **SLO, **LADDER, "decode_share": 0.5}
+            | {"decode_share_ladder": (0.2,)},
+            r"decode_share_ladder \(or share_ladder\) is \(0.2, 0.5\)",
         ),
         ({"policy": "semi-pd", "slo_ttft_ms": 300, **LADDER}, "slo_ttft_ms and slo_tpot_ms is"),
         ({"policy": "predictive", **SLO, **LADDER}, "it needs a tuner_profile"),
@@ -109,3 +127,57 @@ def test_tuners_of_one_engine_refine_one_model(profile_path):
     model = first._model  # pyright: ignore[reportPrivateUsage]
     model.set("decode", np.full(6, 2e-3))
     assert second._model is model  # pyright: ignore[reportPrivateUsage]
+
+
+def layout(*, weight_bytes=16_000_000, kv_bytes_per_token=1024) -> MemoryLayout:
+    return MemoryLayout(
+        dtype="float32",
+        vocab_size=256,
+        max_model_len=256,
+        page_size=16,
+        num_pages=33,
+        num_rows=9,
+        weight_bytes=weight_bytes,
+        kv_bytes=33 * 16 * kv_bytes_per_token,
+        eos_token_ids=(),
+    )
+
+
+def warnings_of(caplog, path: str, model: str, device: str, **sizes: int) -> list[str]:
+    caplog.set_level(logging.WARNING)
+    check_profile(build_config(model, tuner_profile=path), device, layout(**sizes))
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_profile_of_this_model_on_this_device_is_fine(caplog, profile_path):
+    assert warnings_of(caplog, profile_path, "m", "d") == []
+
+
+def test_without_a_profile_there_is_nothing_to_compare(caplog):
+    check_profile(build_config("other"), "e", layout())
+    assert not caplog.records
+
+
+def test_a_profile_of_another_device_is_worth_a_warning_with_both_names(caplog, profile_path):
+    [text] = warnings_of(caplog, profile_path, "m", "an H200")
+    assert text == f"{profile_path} is a profile of the device 'd', not of 'an H200'"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"weight_bytes": 17_000_000}, {"weight_bytes": 15_000_000}, {"kv_bytes_per_token": 512}],
+)
+def test_a_profile_of_a_model_of_another_size_is_refused(caplog, profile_path, sizes):
+    named = r"'m' with 15\.3 MiB of weights and 1,024 bytes of KV per token; .* 'other' with"
+    with pytest.raises(StartupError, match=named):
+        warnings_of(caplog, profile_path, "other", "d", **sizes)
+
+
+def test_a_name_says_less_than_sizes(caplog, tmp_path):
+    """The same model under another name, with a few more words in its vocabulary."""
+    path = save_profile(tmp_path / "p.json")
+    assert warnings_of(caplog, path, "other", "d", weight_bytes=16_500_000) == []
+    path = save_profile(tmp_path / "q.json", sizes=None)
+    assert warnings_of(caplog, path, "m", "d") == []
+    [text] = warnings_of(caplog, path, "other", "d")
+    assert text == f"{path} is a profile of the model 'm', not of 'other'"
