@@ -22,7 +22,8 @@ from semipd_jax.coordinator import profiling
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError, EngineError
 from semipd_jax.launch.launcher import Launcher, Modules
-from semipd_jax.messages import Progress
+from semipd_jax.messages import MemoryLayout, Progress
+from semipd_jax.runtime.buckets import padded_sizes
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import LatencyModel, Sample
 from semipd_jax.tuner.profile import Profile, Sizes
@@ -79,16 +80,20 @@ def measure(config: EngineConfig, on_progress: "_Bar") -> Profile:
     finally:
         launcher.stop()
     samples = msgspec.json.decode(encoded, type=list[Sample])
-    return fitted(samples, config, device, Sizes.of(layout))
+    return fitted(samples, config, device, layout)
 
 
-def fitted(samples: Sequence[Sample], config: EngineConfig, device: str, sizes: Sizes) -> Profile:
+def fitted(
+    samples: Sequence[Sample], config: EngineConfig, device: str, layout: MemoryLayout
+) -> Profile:
     """The profile that fits best."""
 
     def error(model: LatencyModel) -> float:
         return sum(profile.mean_error(model, samples).values())
 
-    model = min((profile.fit(samples, saturation=s) for s in _SATURATIONS), key=error)
+    padding = padded_sizes(layout, config.scheduler)
+    fits = (profile.fit(samples, saturation=s, padding=padding) for s in _SATURATIONS)
+    model = min(fits, key=error)
     rungs = {phase: config.shares.rungs(phase) for phase in PHASES}
     at = "; ".join(f"{p} at {', '.join(f'{s:g}' for s in shares)}" for p, shares in rungs.items())
     return Profile(
@@ -96,9 +101,10 @@ def fitted(samples: Sequence[Sample], config: EngineConfig, device: str, sizes: 
         device=device,
         model=config.model.name,
         notes=(f"{datetime.now(UTC):%Y-%m-%d}: {len(samples)} kinds of steps; {at}",),
-        sizes=sizes,
+        sizes=Sizes.of(layout),
         saturation=model.saturation,
         yielding=model.yielding,
+        padding=padding,
         coefficients=profile.named(model),
         error=profile.mean_error(model, samples),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from semipd_jax.config import Lane, SchedulerConfig
-from semipd_jax.messages import MemoryLayout
+from semipd_jax.messages import MemoryLayout, Phase
 from semipd_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _MIN_PREFILL_TOKENS: Final = 32
@@ -89,6 +89,15 @@ def lane_buckets(
         "mixed": mixed_buckets(layout, seqs, tokens),
     }
     return {kind: of_kind[kind] for kind in _KINDS[lane]}
+
+
+def padded_sizes(layout: MemoryLayout, limits: SchedulerConfig) -> dict[Phase, tuple[int, ...]]:
+    """What numbers of tokens (of rows, in decode) are padded to."""
+    seqs, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+    return {
+        "prefill": tuple(b.num_tokens for b in prefill_buckets(layout, seqs, tokens)),
+        "decode": tuple(b.num_rows for b in decode_buckets(layout, seqs)),
+    }
 
 
 def decode_buckets(layout: MemoryLayout, max_num_seqs: int) -> tuple[Bucket, ...]:

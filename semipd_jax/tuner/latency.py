@@ -7,7 +7,8 @@ the reachable fraction of the memory bandwidth, and a = 1 while the other phase 
   decode   fixed + weights / b + context · c / b + rows · n / s + a · (weights_contention +
            context_contention · c) / b
 
-where n counts query tokens, m pairs of query and key, c context tokens (`tuner.work`).
+where n counts query tokens, m pairs of query and key, c context tokens (`tuner.work`). Programs
+have fixed shapes, so n is the size that a step is padded to (`Padding`); padding reads no context.
 
 The effective share is the worker's own as long as both shares fit on the device. Beyond that it is
 at least own / (own + other), "the two phases share 100%" (semi-PD, arXiv 2504.19867, section 5),
@@ -18,7 +19,8 @@ reaches about 60 %). Every term falls with the own share and grows with the othe
 never predicts slower.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,6 +48,11 @@ FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
     },
 }
 """Coefficient → the amount that it is the seconds of."""
+
+
+type Padding = Mapping[Phase, Sequence[int]]
+"""Phase → sizes that steps are padded to, ascending. What is larger than all of them is not padded,
+nor is a phase that is not there."""
 
 
 def effective_share(own: float, other: float, yielding: float = 0.0) -> float:
@@ -117,6 +124,7 @@ class LatencyModel:
       coefficients: of each phase, in the order of FEATURES, ≥ 0.
       saturation: share of the device that reaches the whole memory bandwidth.
       yielding: what is left to each phase of what does not fit, see `effective_share`.
+      padding: of prefill's query tokens and decode's rows.
     """
 
     def __init__(
@@ -124,9 +132,11 @@ class LatencyModel:
         coefficients: Mapping[Phase, Float64[np.ndarray, " k"]],
         saturation: float,
         yielding: Mapping[Phase, float],
+        padding: Padding | None = None,
     ) -> None:
         self.saturation = saturation
         self.yielding = dict(yielding)
+        self.padding = padding or {}
         self._coefficients: dict[Phase, list[float]] = {}
         for phase, values in coefficients.items():
             self.set(phase, values)
@@ -140,8 +150,9 @@ class LatencyModel:
     def terms(self, work: Work) -> Terms:
         if work.phase == "prefill":
             fixed, weights, tokens, pairs, contention = self._coefficients["prefill"]
-            compute = tokens * work.num_tokens / 1e3 + pairs * work.num_pairs / 1e6
-            slowed = contention * work.num_tokens / 1e3
+            num_tokens = self._padded("prefill", work.num_tokens) / 1e3
+            compute = tokens * num_tokens + pairs * work.num_pairs / 1e6
+            slowed = contention * num_tokens
             return Terms(
                 fixed, weights, compute, 0.0, slowed, self.saturation, self.yielding["prefill"]
             )
@@ -150,7 +161,7 @@ class LatencyModel:
         return Terms(
             fixed,
             weights + context * contexts,
-            rows * work.num_rows / 1e2,
+            rows * self._padded("decode", work.num_rows) / 1e2,
             weights_slowed + context_slowed * contexts,
             0.0,
             self.saturation,
@@ -171,8 +182,8 @@ class LatencyModel:
 
     def _features(self, work: Work, share: float, active: float) -> Float64[np.ndarray, " k"]:
         per_compute, per_memory = 1 / share, 1 / min(1.0, share / self.saturation)
-        tokens = work.num_tokens / 1e3
         if work.phase == "prefill":
+            tokens = self._padded("prefill", work.num_tokens) / 1e3
             pairs = work.num_pairs / 1e6
             return np.array(
                 [
@@ -183,7 +194,8 @@ class LatencyModel:
                     active * tokens * per_compute,
                 ]
             )
-        contexts, rows = work.context_tokens / 1e5, work.num_rows / 1e2
+        contexts = work.context_tokens / 1e5
+        rows = self._padded("decode", work.num_rows) / 1e2
         return np.array(
             [
                 1.0,
@@ -194,3 +206,8 @@ class LatencyModel:
                 active * contexts * per_memory,
             ]
         )
+
+    def _padded(self, phase: Phase, size: int) -> int:
+        sizes = self.padding.get(phase, ())
+        i = bisect_left(sizes, size)
+        return sizes[i] if size > 0 and i < len(sizes) else size

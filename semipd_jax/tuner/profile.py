@@ -6,6 +6,7 @@ Whatever is computed from a modelled one has to say so.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, Literal
 
 import msgspec
@@ -14,7 +15,7 @@ import numpy as np
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import MemoryLayout, Phase
-from semipd_jax.tuner.latency import FEATURES, LatencyModel, Sample
+from semipd_jax.tuner.latency import FEATURES, LatencyModel, Padding, Sample
 
 SCHEMA: Final = "semipd.latency/1"
 _YIELDINGS: Final = tuple(i / 10 for i in range(11))
@@ -53,6 +54,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
       sizes: of the model, None if they are not known.
       saturation: share of the device that reaches the whole memory bandwidth.
       yielding: phase → what the other phase leaves to it, see `latency.effective_share`.
+      padding: sizes that steps were padded to, see `latency.Padding`.
       coefficients: phase → name → seconds, see `latency.FEATURES`.
       error: phase → mean relative error of the fit on its own samples.
     """
@@ -65,6 +67,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sizes: Sizes | None = None
     saturation: float
     yielding: dict[Phase, float]
+    padding: dict[Phase, tuple[int, ...]] = {}
     coefficients: dict[Phase, dict[str, float]]
     error: dict[Phase, float] = {}
 
@@ -85,6 +88,9 @@ def from_json(text: str | bytes) -> Profile:
         require(given.keys() == names.keys(), f"coefficients.{phase}", sorted(given), missing)
         for name, value in given.items():
             require(0 <= value < float("inf"), f"{phase}.{name}", value, "0 or more")
+    for phase, sizes in profile.padding.items():
+        is_ascending = all(0 < a < b for a, b in pairwise(sizes)) and all(n > 0 for n in sizes)
+        require(is_ascending, f"padding.{phase}", sizes, "ascending numbers above 0")
     return profile
 
 
@@ -97,10 +103,12 @@ def model_of(profile: Profile) -> LatencyModel:
         phase: np.array([profile.coefficients[phase][name] for name in names])
         for phase, names in FEATURES.items()
     }
-    return LatencyModel(values, profile.saturation, profile.yielding)
+    return LatencyModel(values, profile.saturation, profile.yielding, profile.padding)
 
 
-def fit(samples: Sequence[Sample], *, saturation: float) -> LatencyModel:
+def fit(
+    samples: Sequence[Sample], *, saturation: float, padding: Padding | None = None
+) -> LatencyModel:
     """Least squares of relative errors, coefficients ≥ 0, with the best `yielding` of a few.
 
     Raises ValueError if a phase has fewer samples than coefficients.
@@ -110,21 +118,27 @@ def fit(samples: Sequence[Sample], *, saturation: float) -> LatencyModel:
         own = [s for s in samples if s.work.phase == phase]
         if len(own) < len(names):
             raise ValueError(f"{len(own)} {phase} samples; at least {len(names)} are needed")
-        fits = [(*_fit(own, phase, saturation, y), y) for y in _YIELDINGS]
+        bases = [_empty(phase, saturation, y, padding) for y in _YIELDINGS]
+        fits = [(*_fit(own, base), base.yielding[phase]) for base in bases]
         _, coefficients, yielding = min(fits, key=lambda f: f[0])
         best[phase] = yielding, coefficients
     return LatencyModel(
         {phase: coefficients for phase, (_, coefficients) in best.items()},
         saturation,
         {phase: yielding for phase, (yielding, _) in best.items()},
+        padding,
     )
 
 
-def _fit(
-    samples: Sequence[Sample], phase: Phase, saturation: float, yielding: float
-) -> tuple[float, np.ndarray]:
-    """The error and the coefficients of one phase."""
-    model = LatencyModel({phase: np.zeros(len(FEATURES[phase]))}, saturation, {phase: yielding})
+def _empty(
+    phase: Phase, saturation: float, yielding: float, padding: Padding | None
+) -> LatencyModel:
+    zeros = np.zeros(len(FEATURES[phase]))
+    return LatencyModel({phase: zeros}, saturation, {phase: yielding}, padding)
+
+
+def _fit(samples: Sequence[Sample], model: LatencyModel) -> tuple[float, np.ndarray]:
+    """The error and the coefficients of one phase, for a model that has none yet."""
     rows = np.array([model.features(s.work, s.conditions) / s.seconds for s in samples])
     coefficients = _non_negative(rows)
     return float(np.square(rows @ coefficients - 1).mean()), coefficients

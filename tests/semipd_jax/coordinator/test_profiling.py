@@ -1,5 +1,7 @@
 """A profile measured on a device whose true step times are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,17 +14,18 @@ from semipd_jax.errors import EngineError
 from semipd_jax.messages import MemoryLayout, StepDone, WorkerReady
 from semipd_jax.options import build_config
 from semipd_jax.profile import fitted
+from semipd_jax.runtime.buckets import padded_sizes
 from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.profiled import Profiled
 from semipd_jax.tuner import profile
 from semipd_jax.tuner.latency import Conditions, LatencyModel
 from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.setup import ladders_of
-from semipd_jax.tuner.work import work_of
+from semipd_jax.tuner.work import Work, work_of
 
 LADDER = (0.25, 0.5, 1.0)
 BUDGET = 512
-SIZES = profile.Sizes(weight_bytes=1, kv_bytes_per_token=2)
+CONFIG = build_config("m", max_num_batched_tokens=BUDGET, max_num_seqs=64, share_ladder=LADDER)
 
 
 def layout(*, max_model_len=2048, num_pages=2049, num_rows=65) -> MemoryLayout:
@@ -78,6 +81,7 @@ def true_model() -> LatencyModel:
         },
         0.3,
         {"prefill": 0.2, "decode": 0.5},
+        padded_sizes(layout(), CONFIG.scheduler),
     )
 
 
@@ -85,17 +89,23 @@ def true_model() -> LatencyModel:
 def test_a_profile_predicts_what_was_measured(prefill_ladder):
     model = true_model()
     bench = VirtualWorkers(model, noise=0.02).bench()
-    config = build_config("m", share_ladder=LADDER, prefill_share_ladder=prefill_ladder)
-    ladders = ladders_of(config.shares)
+    shares = replace(CONFIG.shares, prefill_ladder=prefill_ladder)
+    config = replace(CONFIG, shares=shares)
+    ladders = ladders_of(shares)
     samples = [s for trial in trials(layout(), BUDGET, ladders) for s in bench.run(trial)]
-    made = fitted(samples, config, "a device", SIZES)
+    made = fitted(samples, config, "a device", layout())
     assert (made.source, made.device, made.model) == ("measured", "a device", "m")
-    assert made.sizes == SIZES
+    assert made.sizes == profile.Sizes.of(layout())
+    assert made.padding["prefill"] == (32, 64, 128, 256, 512)
     assert max(made.error.values()) < 0.03
     again = profile.model_of(profile.from_json(profile.to_json(made)))
     for sample in samples:
         wanted = model.predict(sample.work, sample.conditions)
         assert again.predict(sample.work, sample.conditions) == pytest.approx(wanted, rel=0.1)
+    between = Work("prefill", 2, 2 * 65, 2 * 65, 65 * 66)  # runs as 256 tokens
+    assert again.predict(between, Conditions(1.0)) == pytest.approx(
+        model.predict(between, Conditions(1.0)), rel=0.1
+    )
 
 
 def test_each_phase_is_measured_at_its_own_shares():

@@ -39,15 +39,32 @@ def works(draw):
 
 @st.composite
 def models(draw):
+    """Arguments, not a model: type checks draw random numbers, which strategies may not."""
     values = {p: np.array([draw(coefficients) for _ in names]) for p, names in FEATURES.items()}
     kept = st.floats(0, 1)
     yielding = {phase: draw(kept) for phase in FEATURES}
-    return LatencyModel(values, draw(st.floats(0.1, 1.0)), yielding)
+    sizes = sorted(draw(st.sets(st.integers(1, 4096))))
+    return values, draw(st.floats(0.1, 1.0)), yielding, dict.fromkeys(FEATURES, sizes)
+
+
+def test_a_step_takes_as_long_as_the_size_that_it_is_padded_to():
+    padding = {"prefill": (32, 128), "decode": (1, 4)}
+    model = LatencyModel({"prefill": PREFILL, "decode": DECODE}, 0.3, YIELDING, padding)
+
+    def prefill_s(tokens: int) -> float:
+        return model.predict(Work("prefill", 1, tokens, 200, 7), Conditions(1.0))
+
+    def decode_s(rows: int) -> float:
+        return model.predict(Work("decode", rows, rows, 200, 200), Conditions(1.0))
+
+    assert prefill_s(31) == prefill_s(32) < prefill_s(33) == prefill_s(128) < prefill_s(129)
+    assert decode_s(1) < decode_s(2) == decode_s(4) < decode_s(5)
 
 
 @settings(deadline=None, max_examples=60)
 @given(models(), works(), shares, shares, st.one_of(st.just(0.0), shares), st.floats(0, 1))
-def test_more_share_never_predicts_slower(model, work, a, b, other, overlap):
+def test_more_share_never_predicts_slower(args, work, a, b, other, overlap):
+    model = LatencyModel(*args)
     less, more = sorted((a, b))
     slow = model.predict(work, Conditions(less, other, overlap))
     fast = model.predict(work, Conditions(more, other, overlap))
@@ -56,7 +73,8 @@ def test_more_share_never_predicts_slower(model, work, a, b, other, overlap):
 
 @settings(deadline=None, max_examples=60)
 @given(models(), works(), shares, shares, shares)
-def test_a_busier_neighbour_never_predicts_faster(model, work, own, a, b):
+def test_a_busier_neighbour_never_predicts_faster(args, work, own, a, b):
+    model = LatencyModel(*args)
     less, more = sorted((a, b))
     times = [model.predict(work, Conditions(own, other, 1.0)) for other in (less, more)]
     alone = model.predict(work, Conditions(own))
@@ -66,7 +84,8 @@ def test_a_busier_neighbour_never_predicts_faster(model, work, own, a, b):
 
 @settings(deadline=None, max_examples=60)
 @given(models(), works(), shares, shares, st.floats(0, 1))
-def test_features_times_coefficients_is_the_prediction(model, work, own, other, overlap):
+def test_features_times_coefficients_is_the_prediction(args, work, own, other, overlap):
+    model = LatencyModel(*args)
     conditions = Conditions(own, other, overlap)
     product = float(model.features(work, conditions) @ model.get(work.phase))
     assert product == pytest.approx(model.predict(work, conditions))
