@@ -22,7 +22,7 @@ _REACTIVE: Final[Mapping[str, Callable[..., Policy]]] = {
 _WIDE: Final = (0.2, 0.4, 0.7, 1.0)
 _FINE: Final = PUBLISHED_LADDER[::2]  # no more rungs than an engine may have
 LADDERS: Final[Mapping[str, Ladders]] = {
-    "predictive": Ladders(prefill=(1.0,), decode=(0.2, 1.0)),
+    "predictive": Ladders(prefill=(1.0,), decode=(0.2, 0.4, 1.0)),
     "semi-pd": Ladders(_WIDE, _WIDE),
     "semi-pd-replan": Ladders(_FINE, _FINE),
 }
