@@ -89,12 +89,24 @@ def kernel(op: str, implementation: str, case_name: str) -> Program:
     return kernel_of(op, implementation, find_case(op, case_name))
 
 
-def kernel_of(op: str, implementation: str, case: Any) -> Program:
-    """One op on one case."""
-    options = getattr(case, "options", {})
-    call = functools.partial(getattr(kernels_pallas, op), implementation=implementation, **options)
-    donated = _DONATED.get(op, ())
-    return Program(lambda gpu: gpu.compile(call, *case.specs, donate_argnums=donated))
+def kernel_of(op: str, implementation: str, *cases: Any) -> Program:
+    """One op on one case, or on several in one program."""
+    calls = [
+        functools.partial(
+            getattr(kernels_pallas, op),
+            implementation=implementation,
+            **getattr(case, "options", {}),
+        )
+        for case in cases
+    ]
+    if len(cases) == 1:
+        donated = _DONATED.get(op, ())
+        return Program(lambda gpu: gpu.compile(*calls, *cases[0].specs, donate_argnums=donated))
+
+    def call_all(*inputs: Any) -> list[Any]:
+        return [call(*args) for call, args in zip(calls, inputs, strict=True)]
+
+    return Program(lambda gpu: gpu.compile(call_all, *(case.specs for case in cases)))
 
 
 def implementations(op: str) -> Mapping[str, Callable[..., Any]]:

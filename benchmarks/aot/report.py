@@ -136,7 +136,8 @@ def _kernels(folder: Path, program: str, thunks: str) -> Iterator[Kernel]:
         if name in mosaic:
             backend, (shared, threads) = "mosaic", mosaic[name]
         elif name in launched:
-            backend = "triton" if name in triton else "xla"
+            # The second kernel of a name is called name__1.
+            backend = "triton" if re.sub(r"__\d+$", "", name) in triton else "xla"
             shared, threads = int(launched[name]["shared"]), _product(launched[name]["threads"])
         else:
             continue  # of a program that XLA compiled on the way

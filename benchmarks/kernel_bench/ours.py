@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,9 @@ def jax_paged_attention(setting: Setting) -> Entry:
     return Entry(contender, lambda: jax.jit(call)(scaled, *rest[0]))
 
 
-def jax_dense_attention(setting: Setting, implementation: str = "cudnn") -> Entry:
+def jax_dense_attention(
+    setting: Setting, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> Entry:
     """`jax.nn.dot_product_attention` on gathered keys and values; gathering is not timed.
 
     Chunks must be alike and without history: it aligns the causal mask with the first key.

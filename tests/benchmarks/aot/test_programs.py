@@ -1,8 +1,10 @@
 """The kernels and the engine's whole steps, compiled for GPUs that are not here, pass all gates."""
 
+from dataclasses import asdict
+
 import pytest
 
-from benchmarks.aot import programs
+from benchmarks.aot import programs, sweep
 from benchmarks.aot.child import compile_in_child
 from benchmarks.aot.gates import kernel_faults, operand_faults, step_faults
 from semipd_jax.runtime.described_gpu import DescribedGpu
@@ -25,6 +27,23 @@ KERNELS = [
 def test_kernels_spill_nothing_and_fit(gpu, implementation, op, case):
     report = compile_in_child(gpu, f"{programs.__name__}:kernel", (op, implementation, case))
     assert not list(kernel_faults(report.pallas_kernels, DescribedGpu(gpu).limits))
+
+
+SHAPES = [
+    sweep.Shape(head_dim, group=group, has_options=True)
+    for head_dim in sweep.HEAD_DIMS
+    for group in (1, 4, 16, 64)
+]
+"""Those of the sweep that need the most registers: page size and dtype make no difference."""
+
+
+@pytest.mark.parametrize("op", sweep.OPS)
+def test_no_shape_spills_on_an_a100(op):
+    args = (op, "triton", *map(asdict, SHAPES))
+    report = compile_in_child("a100", f"{sweep.__name__}:kernel", args)
+    kernels = [kernel for kernel in report.pallas_kernels if kernel.name.startswith(op)]
+    assert len(kernels) == len(SHAPES)
+    assert not list(kernel_faults(report.pallas_kernels, DescribedGpu("a100").limits))
 
 
 @pytest.mark.parametrize("gpu", ["h100", "a100"])
