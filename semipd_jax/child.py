@@ -35,12 +35,13 @@ from semipd_jax.messages import (
     Progress,
     Ready,
     Serve,
+    ShareUnavailable,
     ToChild,
     WaitingFor,
     WorkerLost,
 )
 
-type Command = WorkerLost | Serve | WaitingFor | Drain
+type Command = WorkerLost | ShareUnavailable | Serve | WaitingFor | Drain
 """What a running child is told."""
 
 GRACE_S: Final = 10.0

@@ -95,7 +95,8 @@ class AsyncEngine:
         self._layout = None
 
     def kill(self) -> None:
-        """Ends every process now, from any thread; for when the event loop cannot be waited for."""
+        """Ends what runs and every process, from any thread: for when there is no waiting for the
+        event loop. Returns when none is left."""
         if self._launcher is not None:
             self._launcher.stop()
 

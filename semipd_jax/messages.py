@@ -186,8 +186,8 @@ class Submit(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """The client wants no more tokens. Answered by a FINISHED output, unless already finished.
-    `reason` is what that output reports: ABORT, or STOP when the client found a stop string."""
+    """The client wants no more tokens. Answered by `Done`, unless the request has ended already.
+    `reason` is what that reports: ABORT, or STOP when the client found a stop string."""
 
     handle: int
     reason: FinishReason = FinishReason.ABORT

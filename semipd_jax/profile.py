@@ -6,6 +6,7 @@ of shares. Takes a few minutes; nothing else should run on the device meanwhile.
 """
 
 import argparse
+import os
 import queue
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Final
 import msgspec
 
 from semipd_jax import logs, options
-from semipd_jax.config import PHASES, EngineConfig
+from semipd_jax.config import PHASES, EngineConfig, require
 from semipd_jax.coordinator import profiling
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError, EngineError
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax
     try:
         config = options.build_config(**args)
         ladders_of(config.shares)
+        is_writable = os.access(output.parent, os.W_OK) and not output.is_dir()
+        require(is_writable, "output", str(output), "a file in a directory that can be written to")
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

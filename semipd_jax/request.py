@@ -172,69 +172,65 @@ type Event = Started | Delta | Finished
 
 def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:
     """Raises InvalidRequestError that names the field, the value and what is allowed."""
-
-    def require(ok: bool, field: str, value: object, allowed: str) -> None:
-        if not ok:  # NaN fails every comparison below, so it is refused too
-            raise InvalidRequestError(f"{field} is {value!r}; allowed: {allowed}", field=field)
-
     p = params
-    require(
+    _require(
         p.max_tokens is None or 1 <= p.max_tokens <= 2**31 - 1,
         "max_tokens",
         p.max_tokens,
         "at least 1, or unset",
     )
     most = p.max_tokens if p.max_tokens is not None else 2**31 - 1
-    require(0 <= p.min_tokens <= most, "min_tokens", p.min_tokens, "0 to max_tokens")
-    require(0.0 <= p.temperature <= 100.0, "temperature", p.temperature, "0 to 100")
-    require(0.0 < p.top_p <= 1.0, "top_p", p.top_p, "above 0 and at most 1")
-    require(0 <= p.top_k <= 2**31 - 1, "top_k", p.top_k, "0 (off) or more")
-    require(0.0 <= p.min_p <= 1.0, "min_p", p.min_p, "0 to 1")
+    _require(0 <= p.min_tokens <= most, "min_tokens", p.min_tokens, "0 to max_tokens")
+    _validate_choice(p)
+    _validate_stops(p, vocab_size)
+    few = len(p.logit_bias) <= MAX_LOGIT_BIAS
+    _require(few, "logit_bias", len(p.logit_bias), f"at most {MAX_LOGIT_BIAS} entries")
+    for token, bias in p.logit_bias:
+        _require(0 <= token < vocab_size, "logit_bias", token, f"token ids 0 to {vocab_size - 1}")
+        _require(-100.0 <= bias <= 100.0, "logit_bias", bias, "values -100 to 100")
+    is_allowed = p.logprobs is None or 0 <= p.logprobs <= MAX_LOGPROBS
+    _require(is_allowed, "logprobs", p.logprobs, f"0 to {MAX_LOGPROBS}, or unset")
+    if p.structured_outputs is not None:
+        _validate_form(p.structured_outputs)
+
+
+def _validate_choice(p: SamplingParams) -> None:
+    """Of tokens: temperature, truncation, penalties, seed."""
+    _require(0.0 <= p.temperature <= 100.0, "temperature", p.temperature, "0 to 100")
+    _require(0.0 < p.top_p <= 1.0, "top_p", p.top_p, "above 0 and at most 1")
+    _require(0 <= p.top_k <= 2**31 - 1, "top_k", p.top_k, "0 (off) or more")
+    _require(0.0 <= p.min_p <= 1.0, "min_p", p.min_p, "0 to 1")
     for field in ("presence_penalty", "frequency_penalty"):
         value = getattr(p, field)
-        require(-2.0 <= value <= 2.0, field, value, "-2 to 2")
-    require(
+        _require(-2.0 <= value <= 2.0, field, value, "-2 to 2")
+    _require(
         0.0 < p.repetition_penalty <= 100.0,
         "repetition_penalty",
         p.repetition_penalty,
         "above 0 and at most 100",
     )
-    require(p.seed is None or 0 <= p.seed < 2**64, "seed", p.seed, "0 to 2**64 - 1, or unset")
-    require(
-        len(p.stop) <= MAX_STOP_STRINGS, "stop", len(p.stop), f"at most {MAX_STOP_STRINGS} strings"
-    )
+    _require(p.seed is None or 0 <= p.seed < 2**64, "seed", p.seed, "0 to 2**64 - 1, or unset")
+
+
+def _validate_stops(p: SamplingParams, vocab_size: int) -> None:
+    few = len(p.stop) <= MAX_STOP_STRINGS
+    _require(few, "stop", len(p.stop), f"at most {MAX_STOP_STRINGS} strings")
     for text in p.stop:
-        require(
+        _require(
             1 <= len(text) <= MAX_STOP_STRING_CHARS,
             "stop",
             text[:40],
             f"strings of 1 to {MAX_STOP_STRING_CHARS} characters",
         )
-    require(
-        len(p.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-        "stop_token_ids",
-        len(p.stop_token_ids),
-        f"at most {MAX_STOP_TOKEN_IDS} ids",
-    )
+    few = len(p.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+    _require(few, "stop_token_ids", len(p.stop_token_ids), f"at most {MAX_STOP_TOKEN_IDS} ids")
     for token in p.stop_token_ids:
-        require(0 <= token < vocab_size, "stop_token_ids", token, f"0 to {vocab_size - 1}")
-    require(
-        len(p.logit_bias) <= MAX_LOGIT_BIAS,
-        "logit_bias",
-        len(p.logit_bias),
-        f"at most {MAX_LOGIT_BIAS} entries",
-    )
-    for token, bias in p.logit_bias:
-        require(0 <= token < vocab_size, "logit_bias", token, f"token ids 0 to {vocab_size - 1}")
-        require(-100.0 <= bias <= 100.0, "logit_bias", bias, "values -100 to 100")
-    require(
-        p.logprobs is None or 0 <= p.logprobs <= MAX_LOGPROBS,
-        "logprobs",
-        p.logprobs,
-        f"0 to {MAX_LOGPROBS}, or unset",
-    )
-    if p.structured_outputs is not None:
-        _validate_form(p.structured_outputs)
+        _require(0 <= token < vocab_size, "stop_token_ids", token, f"0 to {vocab_size - 1}")
+
+
+def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:  # NaN fails every comparison, so it is refused too
+        raise InvalidRequestError(f"{field} is {value!r}; allowed: {allowed}", field=field)
 
 
 def _validate_form(form: StructuredOutputs) -> None:

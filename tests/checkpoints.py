@@ -30,6 +30,34 @@ _SIZES = {
     "eos_token_id": 257,
     "pad_token_id": None,
 }
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-gqa4-llama3-rope-sharded": (
+        "llama",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "rope_parameters": _LLAMA3_ROPE,
+            "max_shard_size": "60KB",
+        },
+    ),
+    "llama-mha-tied": (
+        "llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "mistral-window-head-dim-24": ("mistral", {"head_dim": 24, "sliding_window": 40}),
+    "qwen2-bias-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3-qk-norm-head-dim-32": ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}),
+}
+"""Name → family and what is special, for parity of the whole engine."""
 
 
 def write_checkpoint(

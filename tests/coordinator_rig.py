@@ -1,6 +1,7 @@
 """The coordinator between a client and workers of plain Python."""
 
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -33,6 +34,7 @@ LIMITS = Limits(
 
 
 NO_LADDER = ShareConfig()
+MOST_ANSWERS = 5000
 
 
 class Sent:
@@ -58,10 +60,12 @@ class FakeGrammars:
 
     def __init__(self) -> None:
         self.late: set[int] = set()
+        self.wanted: dict[int, Callable[[], bool]] = {}
         self._held: list[Compiled | Masked] = []
         self._ready: list[Compiled | Masked] = []
 
-    def compile(self, client: str, handle: int, request: Request) -> None:
+    def compile(self, client: str, handle: int, request: Request, is_wanted) -> None:
+        self.wanted[handle] = is_wanted
         if request.sampling.structured_outputs.regex == "(":
             made = Compiled(client, handle, request, None, "unclosed", "structured_outputs.regex")
         else:
@@ -153,6 +157,7 @@ class Engine:
                 if self.queue(name):
                     self.answer(name)
             self.scheduler.state.check()
+            assert self.num_answers < MOST_ANSWERS, "requests get in each other's way for ever"
 
     def received(self, client: str = "c") -> tuple[dict[int, list[int]], dict[int, Done]]:
         tokens: dict[int, list[int]] = {}

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from fake_device import next_token
 
 from semipd_jax.config import EngineConfig, ModelConfig, ShareConfig, TimeoutConfig
@@ -32,19 +31,6 @@ def config(*, shares: ShareConfig | None = None, **timeouts: float) -> EngineCon
         timeouts=TimeoutConfig(**times),
         shares=shares or ShareConfig(),
     )
-
-
-def children() -> dict[str, psutil.Process]:
-    """This process's children by the name they gave themselves."""
-    found = {}
-    for process in psutil.Process().children():
-        try:
-            title = " ".join(process.cmdline()).strip()
-        except psutil.Error:  # it has just ended
-            continue
-        if title.startswith("semipd: "):
-            found[title.removeprefix("semipd: ")] = process
-    return found
 
 
 def wait_until(condition, *, timeout_s: float = 20.0):

@@ -1,8 +1,12 @@
 """A scheduler with a fake device behind it, requests for it, and what must come out."""
 
+from collections.abc import Iterable
+
 from fake_device import FakeDevice, mask_of, may_follow, next_token
 
+from semipd_jax.config import Lane
 from semipd_jax.request import FinishReason, Request, SamplingParams, StructuredOutputs
+from semipd_jax.scheduler.lanes import next_step
 from semipd_jax.scheduler.scheduler import Result, Scheduler
 from semipd_jax.scheduler.state import Constraint, Limits, RequestState
 
@@ -102,10 +106,19 @@ class Outcome:
             self.endings[ending.request.handle] = ending
 
 
-def run_to_end(scheduler: Scheduler, device: FakeDevice, outcome: Outcome, *, most: int = 5000):
-    """Sends, runs and answers one step at a time until nothing is left."""
+def run_to_end(
+    scheduler: Scheduler,
+    device: FakeDevice,
+    outcome: Outcome,
+    *,
+    lanes: Iterable[Lane] = ("prefill", "decode"),
+    most: int = 5000,
+):
+    """Sends, runs and answers one step at a time, of the first lane that has one, until nothing is
+    left."""
     for _ in range(most):
-        sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
+        planned = (next_step(scheduler, lane, now_s=0.0) for lane in lanes)
+        sent = next(filter(None, planned), None)
         if sent is None:
             break
         result = scheduler.step_done(device.run(sent.step), now_s=0.0)

@@ -1,4 +1,8 @@
-"""Requests come, go and are aborted while two devices run steps late, and die and run again."""
+"""Requests come, go and are aborted while devices run steps late, and die and run again.
+
+After every move all invariants are computed anew (`SchedulerState.check` and those here), and what
+each request gets must be what it would get alone.
+"""
 
 import functools
 import itertools
@@ -23,11 +27,11 @@ from scheduler_cases import (
 )
 
 from semipd_jax.config import LANES
-from semipd_jax.messages import PrefillStep, ToWorker, parts
+from semipd_jax.messages import DecodeStep, PrefillStep, ToWorker, parts
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request
 from semipd_jax.scheduler.lanes import next_step
-from semipd_jax.scheduler.state import RequestState
+from semipd_jax.scheduler.state import RequestState, pages_for
 
 _LONG_PROMPT = st.tuples(st.integers(1, 18), st.integers(1, 8))
 _LONG_OUTPUT = st.tuples(st.integers(1, 6), st.integers(10, 20))
@@ -53,6 +57,7 @@ class Serving(RuleBasedStateMachine):
             enable_prefix_caching=caching,
         )
         self.queues = {lane: deque() for lane in LANES[mode]}
+        self.vanished: set[int] = set()
         self.unmasked: list[RequestState] = []
         self.requests: dict[int, Request] = {}
         self.states = []
@@ -72,13 +77,15 @@ class Serving(RuleBasedStateMachine):
         seed=st.integers(0, 2**32 - 1),
         salt=st.sampled_from(["", "", "other tenant"]),
         priority=st.sampled_from([0, 0, 1]),
+        client=st.sampled_from(["c", "c", "other"]),
     )
-    def submit(self, lengths, kind, seed, salt, priority):
+    def submit(self, lengths, kind, seed, salt, priority, client):
         for prompt_len, max_tokens in lengths:
             prompt = make_prompt(prompt_len, kind)
             fields = {"seed": seed, "stop": [seed % 50], "cache_salt": salt, "priority": priority}
             fields["constrained"] = seed % 3 == 2
-            self._submit(make_request(prompt, min(max_tokens, MAX_LEN - prompt_len), **fields))
+            request = make_request(prompt, min(max_tokens, MAX_LEN - prompt_len), **fields)
+            self._submit(request, client)
 
     @precondition(lambda self: self.outcome.tokens)
     @rule(data=st.data(), max_tokens=st.integers(1, 4))
@@ -89,21 +96,22 @@ class Serving(RuleBasedStateMachine):
         prompt = (*last.prompt_token_ids, *self.outcome.tokens[handle])[: MAX_LEN - max_tokens]
         self._submit(make_request(prompt, max_tokens, seed=handle, cache_salt=last.cache_salt))
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: Request, client: str = "c") -> None:
         handle = next(self.handles)
         self.now += 1.0
         constraint = constraint_of(request)
         submit = functools.partial(self.scheduler.submit, constraint=constraint)
-        assert submit("c", handle, request, now_s=self.now) is None
+        assert submit(client, handle, request, now_s=self.now) is None
         self.requests[handle] = request
-        self.states.append(self.scheduler.state.requests["c", handle])
+        self.states.append(self.scheduler.state.requests[client, handle])
 
     @rule(
         num_moves=st.integers(1, 30),
         eagerness=st.sampled_from([0.5, 0.7, 0.9]),
         seed=st.integers(0, 2**16),
+        drains=st.sampled_from([*[False] * 9, True]),
     )
-    def serve(self, num_moves, eagerness, seed):
+    def serve(self, num_moves, eagerness, seed, drains):
         """Steps are planned and answered in random order; the eager plan more than is answered."""
         rng = random.Random(seed)
         for _ in range(num_moves):
@@ -115,10 +123,15 @@ class Serving(RuleBasedStateMachine):
             elif len(self.queues[lane]) < 2:
                 self._plan(lane)
             self.check()
+        if drains:
+            self.drain()
 
     def _plan(self, lane):
         sent = next_step(self.scheduler, lane, now_s=0.0)
         if sent is not None:
+            if sent.admitted:
+                self._check_room()
+            self._check_budget(sent.step)
             self.queues[lane].append(sent.step)
             pages = _named_pages(sent.step)
             self.sent_with[sent.step.step_id] = {page: self.times_allocated[page] for page in pages}
@@ -149,10 +162,27 @@ class Serving(RuleBasedStateMachine):
         self.outcome.take(self.scheduler.worker_lost(steps, now_s=0.0))
 
     @precondition(lambda self: self._running())
-    @rule(data=st.data())
-    def abort(self, data):
-        handle = data.draw(st.sampled_from(self._running()))
-        self.outcome.take(self.scheduler.abort("c", handle, FinishReason.ABORT, now_s=0.0))
+    @rule(data=st.data(), whole_client=st.sampled_from([False, False, False, True]))
+    def abort(self, data, whole_client):
+        """A request, or all of a client that is gone, and with it whoever would hear of an end."""
+        client, handle = data.draw(st.sampled_from(self._running()))
+        if whole_client:
+            self.vanished |= {h for c, h in self._running() if c == client}
+            self.scheduler.abort_client(client, now_s=0.0)
+        else:
+            self.outcome.take(self.scheduler.abort(client, handle, FinishReason.ABORT, now_s=0.0))
+
+    def drain(self):
+        """Everything runs to its end, and nothing of it is left."""
+        for lane in self.queues:
+            while self.queues[lane]:
+                self._answer(lane)
+        while self.unmasked:
+            self._make_mask(0)
+        run_to_end(self.scheduler, self.device, self.outcome, lanes=self.queues)
+        assert set(self.outcome.endings) == set(self.requests) - self.vanished, "no answer"
+        state = self.scheduler.state
+        assert state.pages.num_available == state.limits.num_pages - 1
 
     @invariant()
     def holds(self):
@@ -162,11 +192,30 @@ class Serving(RuleBasedStateMachine):
     def check(self):
         state = self.scheduler.state
         state.check()
+        priorities = [request.request.priority for request in state.waiting]
+        assert priorities == sorted(priorities), "somebody more important waits longer"
         for step in itertools.chain(*self.queues.values()):
             self._check_in_flight(step)
         self._learn_keys()
         for key, page in state.pages.sealed_pages().items():
             self._check_sealed(page, *self.meaning[key])
+
+    def _check_room(self):
+        """All that are being prefilled will find room, as things are, unless there is but one."""
+        state = self.scheduler.state
+        missing = [
+            max(0, pages_for(len(request.token_ids), PAGE_SIZE) - len(request.page_ids))
+            for request in state.prefilling
+        ]
+        is_alone = len(state.prefilling) + len(state.decoding) == 1
+        assert is_alone or sum(missing) <= state.pages.num_available, "too many are admitted"
+
+    def _check_budget(self, step):
+        """Decode leaves a mixed step what it does not take of the budget."""
+        num_rows = sum(len(p.rows) // 4 for p in parts(step) if isinstance(p, DecodeStep))
+        prompt = sum(len(p.token_ids) // 4 for p in parts(step) if isinstance(p, PrefillStep))
+        most = self.scheduler.state.limits.max_num_batched_tokens
+        assert prompt <= max(0, most - num_rows), "a step is over its budget"
 
     def _check_in_flight(self, step):
         """What it names is neither free nor given to others; what it writes nobody else reads."""
@@ -201,28 +250,20 @@ class Serving(RuleBasedStateMachine):
                 meaning = salt, tuple(tokens[: end * PAGE_SIZE])
                 assert self.meaning.setdefault(key, meaning) == meaning, "one key, two meanings"
 
-    def _running(self) -> list[int]:
-        return sorted(handle for _, handle in self.scheduler.state.requests)
+    def _running(self) -> list[tuple[str, int]]:
+        return sorted(self.scheduler.state.requests)
 
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        for lane in self.queues:
-            while self.queues[lane]:
-                self._answer(lane)
-        while self.unmasked:
-            self._make_mask(0)
-        run_to_end(self.scheduler, self.device, self.outcome)
-        assert set(self.outcome.endings) == set(self.requests), "a request got no answer"
+        self.drain()
         for handle, request in self.requests.items():
             tokens, reason = expected(request)
-            got, ending = self.outcome.tokens.get(handle, []), self.outcome.endings[handle]
-            if ending.reason is FinishReason.ABORT:
+            got, ending = self.outcome.tokens.get(handle, []), self.outcome.endings.get(handle)
+            if ending is None or ending.reason is FinishReason.ABORT:
                 assert got == tokens[: len(got)]
             else:
                 assert (got, ending.reason) == (tokens, reason)
-        state = self.scheduler.state
-        assert state.pages.num_available == state.limits.num_pages - 1
 
 
 def _ints(array: bytes) -> list[int]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from e2e_processes import engine_processes
 
 SMALL = ("--max-num-seqs=4", "--max-num-batched-tokens=64", "--port=0", "--http-port=0")
 
@@ -35,10 +36,7 @@ class Server:
         return found
 
     def family(self) -> dict[str, psutil.Process]:
-        return {
-            " ".join(p.cmdline()).strip().removeprefix("semipd: "): p
-            for p in psutil.Process(self.process.pid).children()
-        }
+        return engine_processes(self.process.pid)
 
 
 @contextmanager

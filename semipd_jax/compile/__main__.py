@@ -10,6 +10,7 @@ same programs for one that is described, and says what that cannot replace.
 
 import argparse
 import sys
+import threading
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -57,15 +58,19 @@ def _described(config: EngineConfig, gpu: described.Gpu, jobs: int) -> int:
 
 
 class _Bar:
-    """One bar over the programs of all workers, which report one by one how many they have."""
+    """One bar over the programs of all workers, which report, from several threads, how many they
+    have."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._progress: dict[str, Progress] = {}
         # `disable=None`: only if standard error is a terminal.
         self._bar = tqdm(desc="compile", unit="program", total=0, disable=None)
 
     def show(self, name: str, progress: Progress) -> None:
-        if progress.stage == "compile":
+        if progress.stage != "compile":
+            return
+        with self._lock:
             self._progress[name] = progress
             self._bar.total = sum(p.total for p in self._progress.values())
             self._bar.n = sum(p.done for p in self._progress.values())

@@ -97,38 +97,44 @@ def compile_all(
 
 
 def _in_child(job: Job, show: Callable[[str, Progress], object]) -> list[Compiled]:
-    programs: list[Compiled] = []
-    total = 0
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(
+    # The job is in a file: writing to a pipe fails if the child ends at once.
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as encoded:
+        encoded.write(msgspec.json.encode(job))
+        encoded.seek(0)
+        with subprocess.Popen(
             [sys.executable, "-m", "semipd_jax.compile.child"],
-            stdin=subprocess.PIPE,
+            stdin=encoded,
             stdout=subprocess.PIPE,
             stderr=log,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-        ) as child,
-    ):
-        limit = threading.Timer(_TIMEOUT_S, child.kill)
-        limit.start()
-        try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(msgspec.json.encode(job))
-            child.stdin.close()
-            for line in child.stdout:
-                message = _decoder.decode(line)
-                if isinstance(message, Progress):
-                    total = message.total
-                else:
-                    programs.append(message)
-                show(job.name, Progress(stage="compile", done=len(programs), total=total))
-            status = child.wait()
-        finally:
-            limit.cancel()
-            child.kill()
+        ) as child:
+            limit = threading.Timer(_TIMEOUT_S, child.kill)
+            limit.start()
+            try:
+                programs = _listen(child, job.name, show)
+                status = child.wait()
+            finally:
+                limit.cancel()
+                child.kill()
         if status != 0:
             log.seek(0)
             words = log.read().decode(errors="replace").strip().splitlines()[-1:]
             raise StartupError(f"{job.name}: status {status}: {''.join(words)}")
+    return programs
+
+
+def _listen(
+    child: subprocess.Popen[bytes], name: str, show: Callable[[str, Progress], object]
+) -> list[Compiled]:
+    """What a child says until it ends."""
+    programs: list[Compiled] = []
+    total = 0
+    assert child.stdout is not None
+    for line in child.stdout:
+        message = _decoder.decode(line)
+        if isinstance(message, Progress):
+            total = message.total
+        else:
+            programs.append(message)
+        show(name, Progress(stage="compile", done=len(programs), total=total))
     return programs

@@ -8,6 +8,7 @@ again, unchanged, when its worker is lost: it writes the same tokens to the same
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
 from semipd_jax.config import Lane, Phase, SharePolicy
@@ -91,6 +92,7 @@ class Coordinator:
         self._grammars = grammars
         self._compiling: dict[tuple[str, int], float] = {}  # request → arrival
         self._clock = clock
+        self._lost: set[str] = set()  # workers that were lost before they were known to be ready
         self._lanes: dict[Lane, LaneWorkers] = {lane: LaneWorkers(lane) for lane in shares.asked}
         self._counts = Counts()
 
@@ -139,6 +141,8 @@ class Coordinator:
         self._counts.num_restarts[lane] += 1
         if worker_id in self._lanes[lane].shares:
             self._remove(self._lanes[lane], worker_id)
+        else:
+            self._lost.add(worker_id)
 
     def share_unavailable(self, lane: Lane, share: float) -> None:
         """No worker could be started at this share: the lane stays at the one it has."""
@@ -158,6 +162,8 @@ class Coordinator:
     # ------------------------------------------------------------ update
 
     def _worker_ready(self, message: WorkerReady) -> None:
+        if message.worker_id in self._lost:
+            return  # the launcher was quicker to tell
         workers = self._lanes[message.lane]
         if (replaced := workers.at(message.share)) is not None:
             self._remove(workers, replaced)
@@ -222,7 +228,8 @@ class Coordinator:
             self._turn_away(client, handle, text)
         else:
             self._compiling[client, handle] = self._clock()
-            self._grammars.compile(client, handle, request)
+            is_wanted = partial(self._compiling.__contains__, (client, handle))
+            self._grammars.compile(client, handle, request, is_wanted)
 
     def _turn_away(self, client: str, handle: int, reason: str) -> None:
         """There is no room, which is no fault of the client's: it misses what was promised."""
@@ -335,7 +342,8 @@ class Coordinator:
         if not self._clients.send(client, message):
             _log.warning("client %s is gone: its requests end", client)
             self._scheduler.abort_client(client, now_s=self._clock())
-            self._compiling = {k: s for k, s in self._compiling.items() if k[0] != client}
+            for key in [key for key in self._compiling if key[0] == client]:
+                del self._compiling[key]
             self._send_steps()
 
 

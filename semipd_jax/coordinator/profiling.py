@@ -188,6 +188,7 @@ def main(child: Child) -> None:
     poller.add(child.fileno())
 
     def receive() -> list[FromWorker]:
+        child.alive()
         poller.wait(_TICK_S)
         child.alive()
         for command in child.receive():
@@ -208,6 +209,7 @@ def main(child: Child) -> None:
     (Path(spec.run_dir) / SAMPLES_FILE).write_bytes(msgspec.json.encode(samples))
     child.progress(STAGE, len(plan), len(plan))
     while not child.stopping.is_set():
+        child.alive()
         child.wait(_TICK_S)
         child.alive()
         child.receive()

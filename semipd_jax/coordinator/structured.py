@@ -48,7 +48,9 @@ class Masked:
 class MaskMaker(Protocol):
     """What the coordinator needs of `GrammarThreads`."""
 
-    def compile(self, client: str, handle: int, request: Request) -> None: ...
+    def compile(
+        self, client: str, handle: int, request: Request, is_wanted: Callable[[], bool]
+    ) -> None: ...
 
     def advance(self, request: RequestState, token_id: int) -> None: ...
 
@@ -60,7 +62,7 @@ class GrammarThreads:
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
-        self._compile_jobs: queue.SimpleQueue[Callable[[], Compiled]] = queue.SimpleQueue()
+        self._compile_jobs: queue.SimpleQueue[Callable[[], Compiled | None]] = queue.SimpleQueue()
         self._mask_jobs: queue.SimpleQueue[Callable[[], Masked]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Compiled | Masked] = queue.SimpleQueue()
         self._num_masks_due = 0
@@ -73,9 +75,16 @@ class GrammarThreads:
         """Readable when there is something to take."""
         return self._wake_fd
 
-    def compile(self, client: str, handle: int, request: Request) -> None:
-        """Will be answered by a `Compiled`."""
-        self._compile_jobs.put(lambda: _compiled(self._grammars, client, handle, request))
+    def compile(
+        self, client: str, handle: int, request: Request, is_wanted: Callable[[], bool]
+    ) -> None:
+        """Will be answered by a `Compiled`, unless it is not wanted any more when its turn comes:
+        who asks and gives up at once must not hold up the others."""
+
+        def job() -> Compiled | None:
+            return _compiled(self._grammars, client, handle, request) if is_wanted() else None
+
+        self._compile_jobs.put(job)
 
     def advance(self, request: RequestState, token_id: int) -> None:
         """The request goes on by a token. Will be answered by a `Masked`."""
@@ -98,8 +107,9 @@ class GrammarThreads:
 
     def _work(self, jobs: "queue.SimpleQueue[Callable[[], Any]]") -> None:
         while True:
-            self._done.put(jobs.get()())
-            os.eventfd_write(self._wake_fd, 1)
+            if (done := jobs.get()()) is not None:
+                self._done.put(done)
+                os.eventfd_write(self._wake_fd, 1)
 
 
 def _compiled(grammars: Grammars, client: str, handle: int, request: Request) -> Compiled:

@@ -88,8 +88,10 @@ class _WorkerSlot:
     Attributes:
       is_extra: it was asked for while the engine runs, and may be given up.
       private_bytes: of the host's memory, what it held for itself when it was ready.
+      started_s: when the process was started; None if it is not expected to become ready.
       down_since_s: when a worker that was ready died; None while one is ready, and at the start.
-      num_failed_starts: replacements in a row that ended themselves before they were ready.
+      num_failed_starts: replacements in a row that ended themselves before they were ready. An
+        extra worker that is not ready in time counts too.
     """
 
     lane: Lane
@@ -99,6 +101,7 @@ class _WorkerSlot:
     worker_id: str = ""
     is_ready: bool = False
     private_bytes: int | None = None
+    started_s: float | None = None
     down_since_s: float | None = None
     num_failed_starts: int = 0
 
@@ -149,7 +152,8 @@ class Launcher:
         self._share_terms: shares.Terms = {}
         self._retired: list[Process] = []
         self._leaving: dict[Process, float] = {}  # workers asked to stop → until when they may stay
-        self._fallen: list[_WorkerSlot] = []  # to be started again when all that leave are gone
+        self._in_the_way: set[Process] = set()  # to be gone before other workers start
+        self._due: list[_WorkerSlot] = []  # to be started then
         self._silent_s = 0.0  # the coordinator
         self._checked_s = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -225,10 +229,14 @@ class Launcher:
     # ------------------------------------------------------------ supervision
 
     def _supervise(self) -> None:
-        with contextlib.ExitStack() as hosting:
-            self._run(hosting)
-            self._end_processes()
-        self._finish()
+        try:
+            with contextlib.ExitStack() as hosting:
+                self._run(hosting)
+                self._end_processes()
+        except Exception:
+            _log.exception("the launcher could not end everything")
+        finally:  # somebody waits for it
+            self._finish()
 
     def _run(self, hosting: contextlib.ExitStack) -> None:
         """Starts the processes and attends to them until the engine is to end."""
@@ -261,6 +269,7 @@ class Launcher:
             self._tell_front_end()
         self._check_coordinator(has_heard_all=event is None)
         self._check_outages()
+        self._check_starts()
         self._check_leaving()
 
     def _handle(self, process: Process, message: FromChild | Exited) -> None:
@@ -300,6 +309,7 @@ class Launcher:
             self._coordinator_ready = True
         elif (slot := self._slot_of(process)) is not None:
             slot.is_ready = True
+            slot.started_s = None
             slot.private_bytes = message.private_bytes
             slot.down_since_s = None
             slot.num_failed_starts = 0
@@ -338,25 +348,26 @@ class Launcher:
 
     def _exited(self, process: Process, status: int) -> None:
         self._processes.remove(process)
+        self._in_the_way.discard(process)
         is_asked = self._leaving.pop(process, None) is not None
         words = self._last_words.pop(process, None)
         if self._stopping or (self._draining and process is self._front_end):
             return
+        slot = self._slot_of(process)
         if process in self._retired:
             self._retired.remove(process)
-            return
-        slot = self._slot_of(process)
-        if slot is None or not self._started.is_set():
+        elif slot is None or not self._started.is_set():
             self._end(_failure(process.name, status, words))
         else:
             self._replace(slot, status, words, is_asked=is_asked)
+        self._start_due()
 
     # ------------------------------------------------------------ workers
 
     def _start_worker(self, slot: _WorkerSlot) -> None:
         self._progress.pop(slot.name, None)
         slot.worker_id = f"{slot.lane}-{slot.share:.2f}-{next(self._worker_numbers)}"
-        slot.is_ready = False
+        slot.started_s = time.monotonic()
         spec = self._spec(
             slot.name,
             lane=slot.lane,
@@ -375,7 +386,8 @@ class Launcher:
         _log.warning("%s", _failure(slot.name, status, words))
         assert self._coordinator is not None
         self._coordinator.send(WorkerLost(worker_id=slot.worker_id, lane=slot.lane))
-        if slot.is_ready:
+        was_ready, slot.is_ready, slot.started_s = slot.is_ready, False, None
+        if was_ready:
             slot.down_since_s = time.monotonic()
             if not is_asked and status != -signal.SIGKILL:
                 self._clear_device(slot)
@@ -388,11 +400,11 @@ class Launcher:
             name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.lane} worker"
             self._end(_failure(name, status, words))
         else:
-            self._fallen.append(slot)
-        if not any(self._slot_of(process) for process in self._leaving):
-            for fallen in self._fallen:
-                self._start_worker(fallen)
-            self._fallen.clear()
+            self._due.append(slot)
+
+    def _start_due(self) -> None:
+        while self._due and not self._in_the_way and not self._stopping:
+            self._start_worker(self._due.pop(0))
 
     def _clear_device(self, failed: _WorkerSlot) -> None:
         """Where a fault of one worker is a fault of all, all leave before new ones can work."""
@@ -401,6 +413,7 @@ class Launcher:
                 if slot is not failed and slot.process in self._processes:
                     _log.warning("%s shares the fate of %s", slot.name, failed.name)
                     self._ask_to_leave(slot.process)
+            self._in_the_way.update(self._leaving)  # and those that were leaving anyway
 
     def _ask_to_leave(self, process: Process) -> None:
         self._leaving.setdefault(process, time.monotonic() + LEAVE_S)
@@ -442,6 +455,18 @@ class Launcher:
                     )
                 )
 
+    def _check_starts(self) -> None:
+        """Kills replacements and extra workers that take longer to start than the engine may, which
+        `start` sees to itself."""
+        limit_s, now_s = self._config.timeouts.startup_s, time.monotonic()
+        for slot in self._slots if self._started.is_set() else ():
+            if slot.started_s is not None and now_s - slot.started_s > limit_s:
+                _log.warning("%s is not ready after %.0f s (startup_s)", slot.name, limit_s)
+                slot.started_s = None
+                slot.num_failed_starts += slot.is_extra
+                assert slot.process is not None
+                self._kill(slot.process)
+
     def _replace_stalled(self, worker_id: str) -> None:
         for slot in self._slots:
             if slot.worker_id == worker_id and slot.process is not None:
@@ -464,14 +489,18 @@ class Launcher:
         if not any((slot.lane, slot.share) == (lane, share) for slot in self._slots):
             slot = _WorkerSlot(lane, share, is_extra=True)
             self._slots.append(slot)
-            self._start_worker(slot)
+            self._due.append(slot)
+            self._start_due()
 
     def _retire_worker(self, worker_id: str) -> None:
         for slot in self._slots:
             if slot.worker_id == worker_id and slot.process is not None:
                 self._slots.remove(slot)
-                self._retired.append(slot.process)
-                self._ask_to_leave(slot.process)
+                if slot in self._due:
+                    self._due.remove(slot)
+                else:
+                    self._retired.append(slot.process)
+                    self._ask_to_leave(slot.process)
                 return
 
     def _slot_of(self, process: Process) -> _WorkerSlot | None:
@@ -511,8 +540,10 @@ class Launcher:
         self._events.put(None)
 
     def _kill(self, process: Process) -> None:
-        shares.evict(self._device.platform, process.pid, self._share_terms)
-        process.kill()
+        try:
+            shares.evict(self._device.platform, process.pid, self._share_terms)
+        finally:
+            process.kill()
 
     def _end_processes(self) -> None:
         """The memory owner goes last: on some devices its memory goes with it."""

@@ -38,11 +38,21 @@ def plan_decode(state: SchedulerState) -> DecodePlan | None:
     suspects = rows[table.is_suspect[rows]]
     if suspects.size:
         rows = suspects[:1]
-    capacity = table.num_pages[rows] * state.limits.page_size
-    short = rows[table.context_lens[rows] > capacity]
+    short = _short(state, rows)
     if short.size <= state.pages.num_available:
         return DecodePlan(rows.astype(np.int32), ints(short), [])
     return _plan_under_pressure(state, rows, short)
+
+
+def needs_pages(state: SchedulerState) -> bool:
+    """Whether the next step would take pages."""
+    return _short(state, state.table.ready()).size > 0
+
+
+def _short(state: SchedulerState, rows: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " short"]:
+    """Those of the rows whose next step takes one more page."""
+    capacity = state.table.num_pages[rows] * state.limits.page_size
+    return rows[state.table.context_lens[rows] > capacity]
 
 
 def _plan_under_pressure(

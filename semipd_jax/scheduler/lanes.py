@@ -2,6 +2,7 @@
 
 from semipd_jax.config import Lane
 from semipd_jax.messages import DecodeStep, MixedStep, PrefillStep
+from semipd_jax.scheduler.decode import needs_pages
 from semipd_jax.scheduler.scheduler import Scheduler, Sent
 
 type NextStep = Sent[PrefillStep] | Sent[DecodeStep] | Sent[MixedStep] | None
@@ -15,9 +16,18 @@ def next_step(scheduler: Scheduler, lane: Lane, *, now_s: float) -> NextStep:
         case "decode":
             return scheduler.next_decode()
         case "colocated":
-            return scheduler.next_prefill(now_s=now_s) or scheduler.next_decode()
+            return _next_of_one_phase(scheduler, now_s=now_s)
         case "chunked":
             return _next_mixed(scheduler, now_s=now_s)
+
+
+def _next_of_one_phase(scheduler: Scheduler, *, now_s: float) -> NextStep:
+    """Prefill first. But while pages are scarce (requests were preempted lately) those rows come
+    first that need some: prefill would take what was given up for them, and give it up again, for
+    ever."""
+    if scheduler.state.growth_share > 0 and needs_pages(scheduler.state):
+        return scheduler.next_decode() or scheduler.next_prefill(now_s=now_s)
+    return scheduler.next_prefill(now_s=now_s) or scheduler.next_decode()
 
 
 def _next_mixed(scheduler: Scheduler, *, now_s: float) -> NextStep:

@@ -99,6 +99,8 @@ class Control:
             )
         except FileNotFoundError as error:
             raise StartupError(f"{CONTROL} is not on PATH") from error
+        except OSError as error:
+            raise StartupError(f"{CONTROL} cannot be run: {error}") from error
         except subprocess.TimeoutExpired as error:
             raise StartupError(f"{CONTROL} did not answer within {_TIMEOUT_S:.0f} s") from error
         if done.returncode != 0:

@@ -10,8 +10,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-import psutil
 import pytest
+from e2e_processes import engine_processes
 from openai import OpenAI
 
 
@@ -55,11 +55,6 @@ def until_health(url: str, status: int) -> str:
     return found[1]
 
 
-def worker() -> psutil.Process:
-    processes = psutil.Process().children(recursive=True)
-    return next(p for p in processes if "semipd: decode worker" in " ".join(p.cmdline()))
-
-
 def test_the_openai_client_and_the_truth_about_a_lost_worker(url: str):
     assert health(url)[0] == 200
     with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
@@ -80,7 +75,7 @@ def test_the_openai_client_and_the_truth_about_a_lost_worker(url: str):
             model=model.id, prompt="def main():\n", max_tokens=20, temperature=0.0, stream=True
         )
         assert "".join(chunk.choices[0].text for chunk in stream) == text
-        worker().kill()
+        engine_processes()["decode worker 1.00"].kill()
         reason = json.loads(until_health(url, 503))["reason"]
         assert "decode worker" in reason
         assert complete() == text  # waits for the replacement

@@ -6,39 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import CASES, write_checkpoint
 from hf_reference import Reference
 
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine, Engine
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-CHECKPOINTS = {
-    "llama-gqa4-llama3-rope-sharded": (
-        "llama",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "rope_parameters": LLAMA3_ROPE,
-            "max_shard_size": "60KB",
-        },
-    ),
-    "llama-mha-tied": (
-        "llama",
-        {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
-    ),
-    "mistral-window-head-dim-24": ("mistral", {"head_dim": 24, "sliding_window": 40}),
-    "qwen2-bias-tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3-qk-norm-head-dim-32": ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +65,9 @@ def test_greedy_tokens_in_a_mixed_batch_with_staggered_arrivals(compile_cache, r
         assert list(result) == reference.greedy(prompt, num_tokens)[0]
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_family(name: str, tmp_path: Path, compile_cache: str):
-    family, overrides = CHECKPOINTS[name]
+    family, overrides = CASES[name]
     directory = write_checkpoint(tmp_path / "model", family, **overrides)
     reference = Reference(directory)
     rng = random.Random(2)

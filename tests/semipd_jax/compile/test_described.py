@@ -47,6 +47,14 @@ def test_a_compiler_that_takes_its_process_along_is_named(model, monkeypatch, tm
         described.compile_all(build_config(model), "h100", jobs=1, show=lambda *_: None)
 
 
+def test_a_compiler_that_does_not_even_read_its_job_is_named(model, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = build_config(model, served_model_name="m" * (1 << 20))  # more than a pipe holds
+    with pytest.raises(StartupError, match=r"decode 1\.00: status 3"):
+        described.compile_all(config, "h100", jobs=1, show=lambda *_: None)
+
+
 def test_bad_options_are_refused_before_anything_is_compiled(capsys):
     assert command.main(["--max-num-seqs", "0", "--gpu", "h100"]) == 2
     assert "max_num_seqs is 0" in capsys.readouterr().err

@@ -73,6 +73,20 @@ def test_a_late_answer_of_a_lost_worker_counts_for_nothing(engine):
     assert engine.received()[0][1] == expected(request)
 
 
+def test_a_worker_that_is_lost_before_it_is_heard_gets_no_step(engine):
+    """The launcher's word and the worker's come by different ways."""
+    request = engine.submit(1)
+    engine.answer("prefill-1")
+    engine.coordinator.worker_lost("decode", "decode-1")
+    engine.coordinator.worker_lost("decode", "decode-2")
+    engine.coordinator.from_worker(WorkerReady("decode-2", "decode", 1.0))
+    assert not engine.queue("decode-2")
+    engine.coordinator.from_worker(WorkerReady("decode-3", "decode", 1.0))
+    while engine.queue("decode-3"):
+        engine.answer("decode-3")
+    assert engine.received()[0][1] == expected(request)
+
+
 def test_abort_ends_the_stream_at_once_and_frees_pages_after_the_step(engine):
     engine.submit(1)
     engine.answer("prefill-1")
@@ -178,19 +192,29 @@ def test_long_prompts_do_not_hold_up_the_decode_of_others(engine):
     assert len(engine.received()[0][1]) == before + 5
 
 
+PLANS = {
+    "semi-pd": {"prefill-1": [plan_prefill], "decode-1": [plan_decode]},
+    "colocated": {"colocated-1": [plan_prefill, plan_decode]},
+    "chunked": {"chunked-1": [plan_prefill, plan_decode]},
+}
+"""Mode → worker → what it may be sent."""
+
+
+@pytest.mark.parametrize("mode", PLANS)
 @pytest.mark.parametrize("num_pages", [9, 12])
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_that_could_be_sent_is_held_back(num_pages, seed):
+def test_nothing_that_could_be_sent_is_held_back(mode, num_pages, seed):
     """Else there may be nothing under way, and no reply to wait for, with requests that want one.
     Pages, aborts and a client that vanishes are what holds requests up and lets them go on."""
     rng = random.Random(seed)
     engine = Engine(
         limits=dataclasses.replace(
             LIMITS, num_pages=num_pages, max_num_batched_tokens=8, max_num_queued_reqs=99
-        )
+        ),
+        mode=mode,
     )
     engine.start_workers()
-    workers = {"prefill-1": plan_prefill, "decode-1": plan_decode}
+    workers = PLANS[mode]
     for handle in range(40):
         prompt_len = rng.randint(1, 24)
         client = rng.choice(["c", "vanishing"])
@@ -201,8 +225,9 @@ def test_nothing_that_could_be_sent_is_held_back(num_pages, seed):
             busy = [worker for worker in workers if engine.queue(worker)]
             if busy:
                 engine.answer(rng.choice(busy))
-            for worker, plan in workers.items():
-                assert len(engine.queue(worker)) == DEPTH or not plan(engine.scheduler.state)
+            for worker, plans in workers.items():
+                can_be_sent = any(plan(engine.scheduler.state) for plan in plans)
+                assert len(engine.queue(worker)) == DEPTH or not can_be_sent
         if rng.random() < 0.2:
             engine.coordinator.from_client(
                 "c", Abort(rng.randrange(handle + 1), FinishReason.ABORT)

@@ -1,5 +1,6 @@
 """Constrained requests among others: when they are queued, and in which steps they take part."""
 
+import functools
 import itertools
 import select
 import threading
@@ -133,7 +134,9 @@ def test_an_abort_while_the_grammar_is_compiled_is_answered_once(engine):
     engine.grammars.late = {1}
     engine.submit(1, regex=FORM)
     assert (stats_of(engine).num_waiting, stats_of(engine).num_running) == (1, 0)
+    assert engine.grammars.wanted[1]()
     engine.coordinator.from_client("c", Abort(1))
+    assert not engine.grammars.wanted[1]()
     assert stats_of(engine).num_waiting == 0
     engine.grammars.release()
     engine.coordinator.masks_made()
@@ -142,6 +145,16 @@ def test_an_abort_while_the_grammar_is_compiled_is_answered_once(engine):
     assert tokens == {}
     assert done[1].reason is FinishReason.ABORT
     assert not engine.scheduler.state.requests
+
+
+def test_the_grammars_of_a_client_that_vanished_are_not_wanted(engine):
+    engine.grammars.late = {1, 2}
+    engine.submit(1, regex=FORM)
+    engine.submit(2, regex=FORM, client="gone")
+    engine.submit(3, client="gone")
+    engine.clients.unreachable = {"gone"}
+    engine.run()
+    assert [engine.grammars.wanted[handle]() for handle in (1, 2)] == [True, False]
 
 
 def test_grammars_that_are_compiled_are_bounded_in_number(engine):
@@ -159,6 +172,7 @@ def test_grammars_that_are_compiled_are_bounded_in_number(engine):
 
 TOKENIZER = byte_level_bpe()
 GRAMMARS = Grammars(TOKENIZER.to_str(), 400, (1,))
+WANTED = lambda: True  # noqa: E731
 
 
 def constrained(regex: str) -> Request:
@@ -187,7 +201,7 @@ def wait_for(threads: GrammarThreads):
 
 def test_threads_compile_and_advance():
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("ab"))
+    threads.compile("c", 1, constrained("ab"), WANTED)
     compiled = wait_for(threads)
     assert isinstance(compiled, Compiled)
     request = state_of(compiled)
@@ -202,12 +216,12 @@ def test_threads_compile_and_advance():
 
 def test_threads_report_what_they_cannot_do():
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("("))
+    threads.compile("c", 1, constrained("("), WANTED)
     refused = wait_for(threads)
     assert refused.constraint is None
     assert refused.field == "structured_outputs.regex"
     assert "unclosed group" in refused.error
-    threads.compile("c", 1, constrained("ab"))
+    threads.compile("c", 1, constrained("ab"), WANTED)
     request = state_of(wait_for(threads))
     threads.advance(request, TOKENIZER.token_to_id("b"))
     [masked] = threads.take(wait_s=20.0)
@@ -215,9 +229,34 @@ def test_threads_report_what_they_cannot_do():
     assert "form of the output" in masked.error
 
 
+def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    matcher = Grammars.matcher
+
+    def slow_matcher(self, sampling):
+        begun.set()
+        assert go_on.wait(20)
+        return matcher(self, sampling)
+
+    monkeypatch.setattr(Grammars, "matcher", slow_matcher)
+    threads = GrammarThreads(GRAMMARS)
+    wanted = {1, 2, 3}
+    for handle in (1, 2, 3):
+        is_wanted = functools.partial(wanted.__contains__, handle)
+        threads.compile("c", handle, constrained("ab"), is_wanted)
+    assert begun.wait(20)
+    wanted -= {1, 2}  # the first is under way
+    go_on.set()
+    done = []
+    while 3 not in done:
+        assert select.select([threads.fileno()], [], [], 20)[0]
+        done += [made.handle for made in threads.take()]
+    assert done == [1, 3]
+
+
 def test_the_loop_does_not_wait_for_a_slow_mask():
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("ab"))
+    threads.compile("c", 1, constrained("ab"), WANTED)
     request = state_of(wait_for(threads))
     matcher, go_on = request.constraint.matcher, threading.Event()
     accept = matcher.accept
@@ -232,7 +271,7 @@ def test_the_loop_does_not_wait_for_a_slow_grammar(monkeypatch):
     go_on, matcher = threading.Event(), Grammars.matcher
     monkeypatch.setattr(Grammars, "matcher", lambda *args: (go_on.wait(20), matcher(*args))[1])
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("ab"))
+    threads.compile("c", 1, constrained("ab"), WANTED)
     assert not go_on.is_set()
     assert threads.take() == []
     go_on.set()
@@ -248,8 +287,8 @@ def test_a_panic_is_an_error_of_one_request(monkeypatch):
 
     threads = GrammarThreads(GRAMMARS)
     monkeypatch.setattr(Grammars, "matcher", panic)
-    threads.compile("c", 1, constrained("ab"))
+    threads.compile("c", 1, constrained("ab"), WANTED)
     assert "index out of bounds" in wait_for(threads).error
     monkeypatch.undo()
-    threads.compile("c", 1, constrained("ab"))
+    threads.compile("c", 1, constrained("ab"), WANTED)
     assert wait_for(threads).constraint is not None

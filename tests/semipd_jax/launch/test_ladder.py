@@ -5,11 +5,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_rig import FAKES, Client, children, config, expected, wait_until
+from e2e_processes import engine_processes
+from launch_rig import FAKES, Client, config, expected, wait_until
 
 from semipd_jax.config import ShareConfig
 from semipd_jax.errors import EngineError
 from semipd_jax.launch.launcher import Launcher
+from semipd_jax.messages import RetireWorker
 from semipd_jax.shares import backend as shares
 
 LADDER = ShareConfig(prefill=1.0, decode=0.5, decode_ladder=(1.0,))
@@ -28,7 +30,7 @@ def launcher(failures) -> Iterator[Launcher]:
     launcher.start()
     yield launcher
     launcher.stop()
-    assert not children()
+    assert not engine_processes()
     assert failures == []
 
 
@@ -40,11 +42,11 @@ def client(launcher) -> Iterator[Client]:
 
 
 def workers() -> set[str]:
-    return {name for name in children() if "worker" in name}
+    return {name for name in engine_processes() if "worker" in name}
 
 
 def pids() -> dict[str, int]:
-    return {name: process.pid for name, process in children().items() if "worker" in name}
+    return {name: process.pid for name, process in engine_processes().items() if "worker" in name}
 
 
 RUNGS = {"prefill worker 1.00", "decode worker 0.50", "decode worker 1.00"}
@@ -69,7 +71,7 @@ def test_a_share_beside_the_ladder_gets_a_worker_that_leaves_with_it(client):
     wait_until(lambda: workers() == RUNGS)
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
-    children()["decode worker 0.70"].kill()
+    engine_processes()["decode worker 0.70"].kill()
     wait_until(lambda: client.shares().decode.warm == (0.5, 1.0))
     wait_until(lambda: client.shares().decode.warm == (0.5, 0.7, 1.0))
 
@@ -82,28 +84,29 @@ def test_a_share_whose_worker_cannot_start_is_given_up(launcher, client):
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
+def test_a_share_whose_worker_does_not_get_ready_in_time_is_given_up(launcher, client, monkeypatch):
+    monkeypatch.setattr(launcher, "_config", config(shares=LADDER, startup_s=1.0))
+    (Path(launcher.run_dir) / "sleep-decode").touch()
+    client.shares(decode=0.7)
+    wait_until(lambda: "decode worker 0.70" in engine_processes())
+    wait_until(lambda: client.shares().decode.asked != 0.7)
+    wait_until(lambda: workers() == RUNGS)
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
+
+
 def test_a_rung_that_dies_comes_back(client):
-    children()["decode worker 1.00"].kill()
+    engine_processes()["decode worker 1.00"].kill()
     wait_until(lambda: client.shares().decode.warm == (0.5,))
     assert client.generate(1, max_tokens=20) == expected(1, 20)
     wait_until(lambda: client.shares().decode.warm == (0.5, 1.0))
 
 
-def test_a_phase_runs_on_while_another_of_its_rungs_is_away_for_long(failures):
-    launcher = Launcher(
-        config(shares=LADDER, startup_s=4.0), modules=FAKES, on_failure=failures.append
-    )
-    launcher.start()
-    try:
-        (Path(launcher.run_dir) / "sleep-decode").touch()
-        children()["decode worker 1.00"].kill()
-        assert not launcher.finished.wait(6.0)
-        client = Client(launcher)
-        assert client.generate(1, max_tokens=20) == expected(1, 20)
-        client.close()
-    finally:
-        launcher.stop()
-    assert failures == []
+def test_a_phase_runs_on_while_another_of_its_rungs_is_away_for_long(launcher, client, monkeypatch):
+    monkeypatch.setattr(launcher, "_config", config(shares=LADDER, startup_s=2.0))
+    (Path(launcher.run_dir) / "sleep-decode").touch()
+    engine_processes()["decode worker 1.00"].kill()
+    assert not launcher.finished.wait(4.0)
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def test_a_retired_worker_drains_and_leaves_by_itself(launcher, client, evicted)
 def test_a_retired_worker_that_does_not_leave_is_evicted(launcher, client, evicted, monkeypatch):
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
-    retired = children()["decode worker 0.70"].pid
+    retired = engine_processes()["decode worker 0.70"].pid
     stay = Path(launcher.run_dir) / "stay-decode"
     stay.touch()
     monkeypatch.setattr("semipd_jax.launch.launcher.LEAVE_S", 0.5)
@@ -165,13 +168,49 @@ def test_new_workers_wait_until_the_last_of_a_common_fault_has_left(launcher, cl
     monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
     stay = Path(launcher.run_dir) / "stay-prefill"
     stay.touch()
-    left = children()["prefill worker 1.00"]
+    left = engine_processes()["prefill worker 1.00"]
     (Path(launcher.run_dir) / "fail-decode").touch()
     wait_until(lambda: workers() == {"prefill worker 1.00"})
-    assert children()["prefill worker 1.00"] == left
+    assert engine_processes()["prefill worker 1.00"] == left
     stay.unlink()
     wait_until(lambda: workers() == RUNGS)
-    assert children()["prefill worker 1.00"] != left
+    assert engine_processes()["prefill worker 1.00"] != left
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
+
+
+def test_new_workers_wait_for_retired_ones_too(launcher, client, monkeypatch):
+    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+    client.shares(decode=0.7)
+    wait_until(lambda: 0.7 in client.shares().decode.warm)
+    stay = Path(launcher.run_dir) / "stay-decode"
+    stay.touch()
+    client.shares(decode=0.5)
+    (Path(launcher.run_dir) / "fail-prefill").touch()
+    wait_until(lambda: "prefill worker 1.00" not in workers())
+    for name in ("decode worker 0.50", "decode worker 1.00"):
+        engine_processes()[name].kill()
+    wait_until(lambda: workers() == {"decode worker 0.70"})
+    assert not launcher.finished.wait(1.0)
+    assert workers() == {"decode worker 0.70"}
+    stay.unlink()
+    wait_until(lambda: workers() == RUNGS)
+    assert client.generate(1, max_tokens=20) == expected(1, 20)
+
+
+def test_a_share_that_is_given_up_while_workers_wait_gets_none(launcher, client, monkeypatch):
+    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+    client.shares(decode=0.7)
+    wait_until(lambda: 0.7 in client.shares().decode.warm)
+    [extra] = [slot for slot in launcher._slots if slot.share == 0.7]
+    stay = Path(launcher.run_dir) / "stay-prefill"
+    stay.touch()
+    (Path(launcher.run_dir) / "fail-decode").touch()
+    wait_until(lambda: workers() == {"prefill worker 1.00"})
+    retire = RetireWorker(worker_id=extra.worker_id)  # sent before its loss was known
+    launcher._events.put((launcher._coordinator, retire))
+    client.shares(decode=0.5)
+    stay.unlink()
+    wait_until(lambda: workers() == RUNGS)
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
@@ -185,6 +224,6 @@ def test_a_fault_elsewhere_leaves_the_other_workers_alone(launcher, client):
 
 def test_workers_killed_all_at_once_come_back(launcher, client):
     for name in RUNGS:
-        children()[name].kill()
+        engine_processes()[name].kill()
     assert client.generate(1, max_tokens=30) == expected(1, 30)
     wait_until(lambda: workers() == RUNGS)

@@ -1,5 +1,6 @@
 """The launcher and real processes; memory owner and workers are fakes without jax."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,18 +8,28 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from launch_rig import FAKES, TESTS, Client, children, config, expected, wait_until
+from e2e_processes import engine_processes
+from launch_rig import FAKES, TESTS, Client, config, expected, wait_until
 from modelled_profile import save_profile
 
-from semipd_jax.config import EngineConfig, ModelConfig, TunerConfig
+from semipd_jax.config import EngineConfig, ModelConfig, ShareConfig, TunerConfig
 from semipd_jax.errors import CheckpointError, EngineError, StartupError, UnavailableError
 from semipd_jax.launch.launcher import MAX_FAILED_STARTS, Launcher
+from semipd_jax.shares import backend as shares
 from semipd_jax.tuner.profile import Sizes
+
+
+def test_the_dead_that_nobody_reaped_have_no_name():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+        assert engine_processes() == {}
 
 
 @pytest.fixture
@@ -32,12 +43,12 @@ def launcher(failures):
     launcher.start()
     yield launcher
     launcher.stop()
-    assert not children()
+    assert not engine_processes()
     assert not Path(launcher.run_dir).exists()
 
 
 def test_starts_named_processes_that_serve_and_leaves_nothing(launcher, failures):
-    assert set(children()) == {
+    assert set(engine_processes()) == {
         "memory owner",
         "coordinator",
         "prefill worker 1.00",
@@ -56,7 +67,7 @@ def test_a_killed_worker_is_replaced_and_no_token_is_lost(launcher, phase):
 
     def kill_once(count):
         if count == 5:
-            children()[f"{phase} worker 1.00"].kill()
+            engine_processes()[f"{phase} worker 1.00"].kill()
 
     assert client.generate(1, max_tokens=30, on_token=kill_once) == expected(1, 30)
     assert client.generate(2, max_tokens=5) == expected(2, 5)
@@ -73,17 +84,17 @@ def test_a_hung_worker_is_replaced(launcher, phase):
 
 @pytest.mark.parametrize("name", ["memory owner", "coordinator"])
 def test_death_of_what_cannot_be_replaced_ends_the_engine(launcher, failures, name):
-    children()[name].kill()
+    engine_processes()[name].kill()
     assert launcher.finished.wait(10)
     wait_until(lambda: failures)
     assert str(failures[0]) == f"{name} was killed by signal {signal.SIGKILL}"
     assert launcher.error is failures[0]
-    assert not children()
+    assert not engine_processes()
 
 
 def test_a_worker_that_cannot_start_again_ends_the_engine(launcher, failures):
     (Path(launcher.run_dir) / "die-decode").touch()
-    children()["decode worker 1.00"].kill()
+    engine_processes()["decode worker 1.00"].kill()
     assert launcher.finished.wait(20)
     wait_until(lambda: failures)
     assert f"{MAX_FAILED_STARTS}th replacement" in str(failures[0])
@@ -93,11 +104,11 @@ def test_a_phase_without_a_worker_for_too_long_ends_the_engine(failures):
     launcher = Launcher(config(startup_s=6.0), modules=FAKES, on_failure=failures.append)
     launcher.start()
     (Path(launcher.run_dir) / "sleep-decode").touch()
-    children()["decode worker 1.00"].kill()
+    engine_processes()["decode worker 1.00"].kill()
     assert launcher.finished.wait(30)
     wait_until(lambda: failures)
     assert str(failures[0]) == "no decode worker became ready in 6 s (startup_s)"
-    assert not children()
+    assert not engine_processes()
 
 
 def test_replacements_killed_from_outside_are_no_failed_starts(launcher, failures):
@@ -105,13 +116,13 @@ def test_replacements_killed_from_outside_are_no_failed_starts(launcher, failure
     sleeping = Path(launcher.run_dir) / "sleep-decode"
     sleeping.touch()
     for _ in range(MAX_FAILED_STARTS + 1):
-        wait_until(lambda: "decode worker 1.00" in children())
-        victim = children()["decode worker 1.00"]
+        wait_until(lambda: "decode worker 1.00" in engine_processes())
+        victim = engine_processes()["decode worker 1.00"]
         victim.kill()
         psutil.wait_procs([victim], timeout=10)
     sleeping.unlink()
-    wait_until(lambda: "decode worker 1.00" in children())
-    children()["decode worker 1.00"].kill()  # the last one that sleeps
+    wait_until(lambda: "decode worker 1.00" in engine_processes())
+    engine_processes()["decode worker 1.00"].kill()  # the last one that sleeps
     assert client.generate(1, max_tokens=10) == expected(1, 10)
     client.close()
     assert failures == []
@@ -122,7 +133,7 @@ def test_the_reason_of_a_failed_start_is_raised():
     launcher = Launcher(bad, modules=FAKES)
     with pytest.raises(CheckpointError, match=r"memory owner: model\.safetensors is damaged"):
         launcher.start()
-    assert not children()
+    assert not engine_processes()
     assert not Path(launcher.run_dir).exists()
 
 
@@ -132,14 +143,14 @@ def test_a_profile_of_another_model_prevents_the_start(tmp_path):
     launcher = Launcher(with_profile, modules=FAKES)
     with pytest.raises(StartupError, match=r"the model 'demo' with 1,024\.0 MiB of weights"):
         launcher.start()
-    assert not children()
+    assert not engine_processes()
 
 
 def test_a_start_that_takes_too_long_says_who_is_missing():
     launcher = Launcher(config(startup_s=0.01), modules=FAKES)
     with pytest.raises(StartupError, match=r"memory owner, coordinator, decode worker 1\.00"):
         launcher.start()
-    assert not children()
+    assert not engine_processes()
 
 
 def test_stop_during_start_is_clean():
@@ -150,7 +161,7 @@ def test_stop_during_start_is_clean():
         launcher.stop()
         with pytest.raises(UnavailableError, match="stopped while it started"):
             starting.result(20)
-    assert not children()
+    assert not engine_processes()
 
 
 def test_children_follow_a_launcher_that_was_killed():
@@ -180,11 +191,11 @@ time.sleep(60)
 
 def test_a_hung_coordinator_ends_the_engine(launcher, failures, monkeypatch):
     monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 2.0)
-    children()["coordinator"].suspend()
+    engine_processes()["coordinator"].suspend()
     assert launcher.finished.wait(10)
     wait_until(lambda: failures)
     assert re.fullmatch(r"the coordinator has been silent for \d s", str(failures[0]))
-    assert not children()
+    assert not engine_processes()
 
 
 def test_a_busy_coordinator_is_left_alone(launcher, monkeypatch):
@@ -196,6 +207,38 @@ def test_a_busy_coordinator_is_left_alone(launcher, monkeypatch):
     client.close()
 
 
+def test_a_coordinator_that_measures_for_long_gives_signs_of_life(monkeypatch):
+    monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 3.0)
+    modules = replace(FAKES, coordinator="semipd_jax.coordinator.profiling")
+    launcher = Launcher(config(shares=ShareConfig(ladder=(0.5,))), modules=modules)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(launcher.start)
+        wait_until(lambda: launcher.run_dir)
+        for lane in ("prefill", "decode"):  # so that it waits for workers
+            (Path(launcher.run_dir) / f"sleep-{lane}").touch()
+        wait_until(lambda: "decode worker 1.00" in engine_processes())
+        assert not launcher.finished.wait(6)
+        launcher.stop()
+        with pytest.raises(UnavailableError, match="stopped while it started"):
+            starting.result(20)
+
+
+@contextlib.contextmanager
+def a_host_that_fails(*_):
+    yield {}
+    raise RuntimeError("the daemon does not quit")
+
+
+def test_a_failure_at_the_end_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(shares, "host", a_host_that_fails)
+    launcher = Launcher(config(), modules=FAKES)
+    launcher.start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(launcher.stop).result(20)
+    assert not engine_processes()
+    assert not Path(launcher.run_dir).exists()
+
+
 def test_stop_from_a_progress_report():
     def report(name, progress):
         launcher.stop()
@@ -204,7 +247,7 @@ def test_stop_from_a_progress_report():
     with pytest.raises(UnavailableError, match="stopped while it started"):
         launcher.start()
     assert launcher.finished.is_set()
-    assert not children()
+    assert not engine_processes()
 
 
 def test_a_launcher_that_was_stopped_itself_finds_no_fault(launcher, failures, monkeypatch):

@@ -11,9 +11,12 @@ from scheduler_machine import Serving
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.paging.pool import PagePool
 from semipd_jax.paging.quarantine import Quarantine
-from semipd_jax.scheduler import decode, wire
+from semipd_jax.scheduler import decode, scheduler, wire
+from semipd_jax.scheduler.order import rank
+from semipd_jax.scheduler.prefill import plan_prefill
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import RowTable, SchedulerState
+from semipd_jax.scheduler.watermark import Outlook
 
 SEARCH = settings(
     max_examples=200,
@@ -88,8 +91,8 @@ def sealed_pages_are_handed_out_before_free_ones(patch):
 
 
 def pages_are_sealed_when_planned(patch):
-    def next_prefill(self, *, now_s):
-        if sent := _next_prefill(self, now_s=now_s):
+    def next_prefill(self, **kwargs):
+        if sent := _next_prefill(self, **kwargs):
             self._seal_pages(self.state.in_flight[sent.step.step_id])
         return sent
 
@@ -179,6 +182,44 @@ def a_replanned_chunk_starts_too_late(patch):
     patch.setattr(Scheduler, "_take_back", take_back)
 
 
+def admission_ignores_the_watermark(patch):
+    patch.setattr(Outlook, "admits", lambda self, request, cached_pages: True)
+
+
+def priorities_are_ignored(patch):
+    def rank_by_arrival(request, num_to_compute, limits):
+        return 0, *rank(request, num_to_compute, limits)[1:]
+
+    patch.setattr(scheduler, "rank", rank_by_arrival)
+
+
+def chunks_come_before_the_rows_that_decode(patch):
+    def send(self, requests, *, joins=None, **parts):
+        step_id = _send(self, requests, joins=joins, **parts)
+        if joins is not None:
+            step = self.state.in_flight[joins]
+            step.requests[:] = [*requests, *step.requests[: -len(requests)]]
+        return step_id
+
+    _send = Scheduler._send
+    patch.setattr(Scheduler, "_send", send)
+
+
+def a_mixed_step_has_the_whole_budget_for_chunks(patch):
+    def plan(state, *, max_tokens=None):
+        return plan_prefill(state)
+
+    patch.setattr(scheduler, "plan_prefill", plan)
+
+
+def an_aborted_request_keeps_its_row(patch):
+    def release(self, step_id):
+        for page_ids, _ in self.state.quarantine.step_done(step_id):
+            self.state.pages.release(page_ids)
+
+    patch.setattr(Scheduler, "_release_quarantine", release)
+
+
 class _History:
     def __init__(self, row, token_ids):
         self.row, self.token_ids = row, token_ids
@@ -225,6 +266,11 @@ def masks_outlive_their_token(patch):
 
 
 MUTANTS = [
+    admission_ignores_the_watermark,
+    priorities_are_ignored,
+    chunks_come_before_the_rows_that_decode,
+    a_mixed_step_has_the_whole_budget_for_chunks,
+    an_aborted_request_keeps_its_row,
     rows_do_not_wait_for_masks,
     masks_are_not_sent,
     masks_outlive_their_token,

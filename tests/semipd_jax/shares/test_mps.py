@@ -102,6 +102,12 @@ def test_daemon_inherits_no_limits_and_no_device_order(
     }
 
 
+def test_a_program_that_cannot_be_run_is_a_reason(fake: Path, run_dir: str) -> None:
+    (fake.parent / "bin" / CONTROL).chmod(0o600)
+    with pytest.raises(StartupError, match="cannot be run"):
+        Control(run_dir, run_dir).servers()
+
+
 def test_daemon_does_not_outlive_a_killed_launcher(fake: Path, run_dir: str) -> None:
     script = """
         import sys, time
