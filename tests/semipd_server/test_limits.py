@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from server_rig import MAX_MODEL_LEN, Rig, Start, read_all
 
@@ -32,11 +33,31 @@ def test_every_repeated_field_of_a_request_has_a_bound():
     assert repeated == set(MAX_ENTRIES)
 
 
+def is_dangerous(field: FieldDescriptor) -> bool:
+    """Whether it can carry a tensor, or name memory or files."""
+    names = ("path", "file", "shm", "address", "url")
+    return field.type == FieldDescriptor.TYPE_BYTES or any(w in field.name for w in names)
+
+
 def test_no_field_can_carry_a_tensor_or_name_memory():
     for method in SERVICE.methods:
-        for field in fields_of(method.input_type):
-            assert field.type != FieldDescriptor.TYPE_BYTES, field.full_name
-            assert not any(w in field.name for w in ("path", "file", "shm", "address", "url"))
+        assert [f.full_name for f in fields_of(method.input_type) if is_dangerous(f)] == []
+
+
+def test_a_field_that_could_is_found():
+    file = descriptor_pb2.FileDescriptorProto(name="bad.proto", package="bad")
+    message = file.message_type.add(name="Request")
+    for number, (name, kind) in enumerate((("embeddings", "BYTES"), ("shm_name", "STRING")), 1):
+        message.field.add(
+            name=name,
+            number=number,
+            type=getattr(descriptor_pb2.FieldDescriptorProto, f"TYPE_{kind}"),
+            label=descriptor_pb2.FieldDescriptorProto.LABEL_OPTIONAL,
+        )
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    found = fields_of(pool.FindMessageTypeByName("bad.Request"))
+    assert [field.name for field in found if is_dangerous(field)] == ["embeddings", "shm_name"]
 
 
 AT_THE_BOUND: list[tuple[str, Any]] = [
