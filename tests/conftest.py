@@ -1,4 +1,8 @@
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, here and in children
 
@@ -6,3 +10,14 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def restored_logs() -> Iterator[None]:
+    """For tests of commands, which send the process's log elsewhere."""
+    loggers = [logging.getLogger(name) for name in ("semipd_jax", "semipd_server")]
+    states = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in states:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

@@ -7,6 +7,7 @@ from semipd_jax.demo import MODEL_DIR
 from semipd_jax.tuner.profile import from_json
 
 
+@pytest.mark.usefixtures("restored_logs")
 @pytest.mark.timeout(300)
 def test_a_device_is_measured_for_longer_than_a_coordinator_may_be_silent(
     compile_cache, tmp_path, monkeypatch, capsys

@@ -80,7 +80,7 @@ def test_a_share_whose_worker_cannot_start_is_given_up(launcher, client):
     (Path(launcher.run_dir) / "die-decode").touch()
     client.shares(decode=0.7)
     wait_until(lambda: client.shares().decode.asked != 0.7)
-    assert client.shares().decode.warm == (0.5, 1.0)
+    wait_until(lambda: client.shares().decode.warm == (0.5, 1.0))
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 

@@ -13,6 +13,8 @@ from semipd_jax.tuner.profile import model_of
 from semipd_jax.tuner.setup import load_profile
 from semipd_jax.tuner.work import Work
 
+pytestmark = pytest.mark.usefixtures("restored_logs")
+
 LIMITS = ["--share-ladder=0.5,1.0", "--max-num-seqs=2", "--max-num-batched-tokens=16"]
 
 

@@ -244,7 +244,8 @@ def _then_release(leave_row: Callable) -> Callable:
 
 def rows_do_not_wait_for_masks(patch):
     def ready(self):
-        return np.flatnonzero(self.active & (self.context_lens <= self.max_context_lens))
+        rows = np.flatnonzero(self.active & (self.context_lens <= self.max_context_lens))
+        return rows.astype(np.int32)
 
     patch.setattr(RowTable, "ready", ready)
 
