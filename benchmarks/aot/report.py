@@ -129,8 +129,7 @@ def _kernels(folder: Path, program: str, thunks: str) -> Iterator[Kernel]:
     mosaic = {}
     for ptx in folder.glob("*.ptx"):
         name = re.findall(r"\.entry (\w+)", text := ptx.read_text())[0]
-        resources = ptx.with_suffix(".resources.txt").read_text()
-        mosaic[name] = _mosaic_shared_bytes(resources), _mosaic_threads(text)
+        mosaic[name] = _mosaic_shared_bytes(ptx), _mosaic_threads(text)
     for match in _PTXAS.finditer((folder / LOG).read_text()):
         name = match["name"]
         if name in mosaic:
@@ -152,8 +151,16 @@ def _kernels(folder: Path, program: str, thunks: str) -> Iterator[Kernel]:
         )
 
 
-def _mosaic_shared_bytes(resources: str) -> int:
-    """Scratch, and 8 bytes of each barrier."""
+def _mosaic_shared_bytes(ptx: Path) -> int:
+    """Scratch, and 8 bytes of each barrier. Since jax 0.12 the number in the name of what was
+    lowered need not be that of the machine code: then the most of any kernel of the name counts."""
+    lowered = ptx.with_suffix(".resources.txt")
+    alike = re.sub(r"_\d+$", "_*", ptx.stem) + ".resources.txt"
+    found = [lowered] if lowered.exists() else list(ptx.parent.glob(alike))
+    return max(_shared_bytes(path.read_text()) for path in found)
+
+
+def _shared_bytes(resources: str) -> int:
     scratch = re.findall(r"smem_scratch_bytes=(\d+)", resources)
     barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
     return int(scratch[0]) + 8 * sum(int(size) * int(count) for size, count in barriers)
