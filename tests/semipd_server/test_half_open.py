@@ -186,6 +186,7 @@ def test_a_connection_that_never_speaks_grpc_is_closed(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ):
     monkeypatch.setattr(patience, "FIRST_WORD_S", 0.5)
+    monkeypatch.setattr(patience, "PROBE_AFTER_S", 60)  # which would close it, too
 
     async def main():
         async with start() as rig:
@@ -204,7 +205,9 @@ def _until_closed(client: socket.socket) -> bool:
     return True
 
 
-def test_grpc_connections_have_a_bound(start: Start):
+def test_grpc_connections_have_a_bound(start: Start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patience, "PROBE_AFTER_S", 60)
+
     async def main():
         async with start(max_calls=3) as rig:
             with ExitStack() as stack:
