@@ -20,6 +20,11 @@ from semipd_server.settings import Settings
 from semipd_server.tracing import TracedClient, Tracing
 
 SECRET = "a prompt that nobody else may see"
+ATTRIBUTES = {
+    *("gen_ai.system", "gen_ai.request.model", "gen_ai.server.time_to_first_token"),
+    *("gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens"),
+    *("gen_ai.response.finish_reasons", "semipd.cached_tokens", "semipd.preemptions"),
+}
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 
@@ -104,6 +109,7 @@ def test_spans_never_tell_what_was_said(start: Start, traced: Any, exporter: InM
             for span in spans:
                 told = span.to_json()
                 assert "nobody" not in told
+                assert set(span.attributes or ()) <= ATTRIBUTES  # no token ids either
                 assert span.events == ()
 
     asyncio.run(main())
