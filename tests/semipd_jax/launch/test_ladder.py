@@ -36,9 +36,8 @@ def launcher(failures) -> Iterator[Launcher]:
 
 @pytest.fixture
 def client(launcher) -> Iterator[Client]:
-    client = Client(launcher)
-    yield client
-    client.close()
+    with Client(launcher) as client:
+        yield client
 
 
 def workers() -> set[str]:

@@ -55,31 +55,28 @@ def test_starts_named_processes_that_serve_and_leaves_nothing(launcher, failures
         "decode worker 1.00",
     }
     assert Path(launcher.run_dir).stat().st_mode & 0o777 == 0o700
-    client = Client(launcher)
-    assert client.generate(1, max_tokens=20) == expected(1, 20)
-    client.close()
+    with Client(launcher) as client:
+        assert client.generate(1, max_tokens=20) == expected(1, 20)
     assert failures == []
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_killed_worker_is_replaced_and_no_token_is_lost(launcher, phase):
-    client = Client(launcher)
+    with Client(launcher) as client:
 
-    def kill_once(count):
-        if count == 5:
-            engine_processes()[f"{phase} worker 1.00"].kill()
+        def kill_once(count):
+            if count == 5:
+                engine_processes()[f"{phase} worker 1.00"].kill()
 
-    assert client.generate(1, max_tokens=30, on_token=kill_once) == expected(1, 30)
-    assert client.generate(2, max_tokens=5) == expected(2, 5)
-    client.close()
+        assert client.generate(1, max_tokens=30, on_token=kill_once) == expected(1, 30)
+        assert client.generate(2, max_tokens=5) == expected(2, 5)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_hung_worker_is_replaced(launcher, phase):
-    client = Client(launcher)
-    (Path(launcher.run_dir) / f"hang-{phase}").touch()
-    assert client.generate(1, max_tokens=30) == expected(1, 30)
-    client.close()
+    with Client(launcher) as client:
+        (Path(launcher.run_dir) / f"hang-{phase}").touch()
+        assert client.generate(1, max_tokens=30) == expected(1, 30)
 
 
 @pytest.mark.parametrize("name", ["memory owner", "coordinator"])
@@ -112,19 +109,18 @@ def test_a_phase_without_a_worker_for_too_long_ends_the_engine(failures):
 
 
 def test_replacements_killed_from_outside_are_no_failed_starts(launcher, failures):
-    client = Client(launcher)
-    sleeping = Path(launcher.run_dir) / "sleep-decode"
-    sleeping.touch()
-    for _ in range(MAX_FAILED_STARTS + 1):
+    with Client(launcher) as client:
+        sleeping = Path(launcher.run_dir) / "sleep-decode"
+        sleeping.touch()
+        for _ in range(MAX_FAILED_STARTS + 1):
+            wait_until(lambda: "decode worker 1.00" in engine_processes())
+            victim = engine_processes()["decode worker 1.00"]
+            victim.kill()
+            wait_until(lambda victim=victim: victim not in engine_processes().values())
+        sleeping.unlink()
         wait_until(lambda: "decode worker 1.00" in engine_processes())
-        victim = engine_processes()["decode worker 1.00"]
-        victim.kill()
-        psutil.wait_procs([victim], timeout=10)
-    sleeping.unlink()
-    wait_until(lambda: "decode worker 1.00" in engine_processes())
-    engine_processes()["decode worker 1.00"].kill()  # the last one that sleeps
-    assert client.generate(1, max_tokens=10) == expected(1, 10)
-    client.close()
+        engine_processes()["decode worker 1.00"].kill()  # the last one that sleeps
+        assert client.generate(1, max_tokens=10) == expected(1, 10)
     assert failures == []
 
 
@@ -200,11 +196,10 @@ def test_a_hung_coordinator_ends_the_engine(launcher, failures, monkeypatch):
 
 def test_a_busy_coordinator_is_left_alone(launcher, monkeypatch):
     monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 3.0)
-    client = Client(launcher)
-    assert client.generate(1, max_tokens=20) == expected(1, 20)
-    assert not launcher.finished.wait(4)  # idle for longer than it may be silent
-    assert client.generate(2, max_tokens=20) == expected(2, 20)
-    client.close()
+    with Client(launcher) as client:
+        assert client.generate(1, max_tokens=20) == expected(1, 20)
+        assert not launcher.finished.wait(4)  # idle for longer than it may be silent
+        assert client.generate(2, max_tokens=20) == expected(2, 20)
 
 
 def test_a_coordinator_that_measures_for_long_gives_signs_of_life(monkeypatch):
