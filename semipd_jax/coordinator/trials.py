@@ -68,12 +68,12 @@ def prefill_shapes(layout: MemoryLayout, max_batched_tokens: int) -> list[Shape]
 
 
 def decode_shapes(layout: MemoryLayout) -> list[Shape]:
-    """From one row to all of them, each time with short and long contexts, as far as the pool
+    """From one row to all of them, few ones too, each time with short and long contexts, as far as the pool
     holds them."""
     tokens = (layout.num_pages - 1) * layout.page_size
     longest = layout.max_model_len - 1
     most = layout.num_rows - 1
-    sizes = sorted({1, max(most // 2, 1), most})
+    sizes = sorted({1, max(most // 8, 1), max(most // 2, 1), most})
     return [
         Shape("decode", rows, 1, context)
         for rows in sizes

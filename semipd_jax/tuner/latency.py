@@ -3,12 +3,16 @@
 Roofline terms, linear in coefficients ≥ 0. With s the effective share, b = min(1, s / saturation)
 the reachable fraction of the memory bandwidth, and a = 1 while the other phase runs (else 0):
 
-  prefill  fixed + weights / b + tokens · n / s + pairs · m / s + a · contention · n / s
-  decode   fixed + weights / b + context · c / b + rows · n / s + a · (weights_contention +
-           context_contention · c) / b
+  prefill  fixed + weights / b + tokens · n / s + pairs · m / s + reads · m / b +
+           a · contention · n / s
+  decode   fixed + weights / b + context · c / b + (products + batched · [n > 1] + rows · n) / s +
+           a · (weights_contention + context_contention · c) / b
 
 where n counts query tokens, m pairs of query and key, c context tokens (`tuner.work`). Programs
 have fixed shapes, so n is the size that a step is padded to (`Padding`); padding reads no context.
+Attention computes pairs, and reads keys again for every block of queries. One row's products are of
+a matrix and a vector, those of more are of matrices, by other code: on a CPU two rows cost nearly
+twice as much as one, and eight hardly more than four.
 
 The effective share is the worker's own as long as both shares fit on the device. Beyond that it is
 at least own / (own + other), "the two phases share 100%" (semi-PD, arXiv 2504.19867, section 5),
@@ -36,12 +40,15 @@ FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
         "weights": 1,
         "tokens": 1e3,
         "pairs": 1e6,
+        "reads": 1e6,
         "contention": 1e3,
     },
     "decode": {
         "fixed": 1,
         "weights": 1,
         "context": 1e5,
+        "products": 1,
+        "batched": 1,
         "rows": 1e2,
         "weights_contention": 1,
         "context_contention": 1e5,
@@ -149,19 +156,27 @@ class LatencyModel:
 
     def terms(self, work: Work) -> Terms:
         if work.phase == "prefill":
-            fixed, weights, tokens, pairs, contention = self._coefficients["prefill"]
+            fixed, weights, tokens, pairs, reads, contention = self._coefficients["prefill"]
             num_tokens = self._padded("prefill", work.num_tokens) / 1e3
-            compute = tokens * num_tokens + pairs * work.num_pairs / 1e6
-            slowed = contention * num_tokens
+            num_pairs = work.num_pairs / 1e6
             return Terms(
-                fixed, weights, compute, 0.0, slowed, self.saturation, self.yielding["prefill"]
+                fixed,
+                weights + reads * num_pairs,
+                tokens * num_tokens + pairs * num_pairs,
+                0.0,
+                contention * num_tokens,
+                self.saturation,
+                self.yielding["prefill"],
             )
-        fixed, weights, context, rows, weights_slowed, context_slowed = self._coefficients["decode"]
+        (
+            fixed, weights, context, products, batched, rows, weights_slowed, context_slowed
+        ) = self._coefficients["decode"]  # fmt: skip
         contexts = work.context_tokens / 1e5
+        num_rows = self._padded("decode", work.num_rows)
         return Terms(
             fixed,
             weights + context * contexts,
-            rows * self._padded("decode", work.num_rows) / 1e2,
+            products + batched * (num_rows > 1) + rows * num_rows / 1e2,
             weights_slowed + context_slowed * contexts,
             0.0,
             self.saturation,
@@ -191,17 +206,20 @@ class LatencyModel:
                     per_memory,
                     tokens * per_compute,
                     pairs * per_compute,
+                    pairs * per_memory,
                     active * tokens * per_compute,
                 ]
             )
         contexts = work.context_tokens / 1e5
-        rows = self._padded("decode", work.num_rows) / 1e2
+        rows = self._padded("decode", work.num_rows)
         return np.array(
             [
                 1.0,
                 per_memory,
                 contexts * per_memory,
-                rows * per_compute,
+                per_compute,
+                (rows > 1) * per_compute,
+                rows / 1e2 * per_compute,
                 active * per_memory,
                 active * contexts * per_memory,
             ]

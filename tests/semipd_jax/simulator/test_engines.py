@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from modelled_profile import coefficients
 
 from semipd_jax import simulate
 from semipd_jax.config import POLICIES
@@ -44,7 +45,10 @@ class ByHand:
 
 
 def by_hand(*, kv_tokens=10_000, hop_s=0.0) -> Platform:
-    steady = {"prefill": np.array([0, 0, 1.0, 0, 0]), "decode": np.array([1e-2, 0, 0, 0, 0, 0])}
+    steady = {
+        "prefill": coefficients("prefill", tokens=1.0),
+        "decode": coefficients("decode", fixed=1e-2),
+    }
     return Platform(
         name="by hand",
         source="modelled",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelled_profile import coefficients
 
 from semipd_jax.config import POLICIES
 from semipd_jax.errors import ConfigError
@@ -19,8 +20,18 @@ from semipd_jax.tuner.work import Work
 LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
 LADDERS = Ladders(LADDER, LADDER)
 MODEL = {
-    "prefill": np.array([1e-3, 5e-3, 25e-3, 2e-3, 4e-3]),
-    "decode": np.array([0.5e-3, 6e-3, 8e-3, 1e-3, 1e-3, 2e-3]),
+    "prefill": coefficients(
+        "prefill", fixed=1e-3, weights=5e-3, tokens=25e-3, pairs=2e-3, contention=4e-3
+    ),
+    "decode": coefficients(
+        "decode",
+        fixed=0.5e-3,
+        weights=6e-3,
+        context=8e-3,
+        rows=1e-3,
+        weights_contention=1e-3,
+        context_contention=2e-3,
+    ),
 }
 
 
