@@ -16,6 +16,7 @@ from benchmarks import metrics
 from benchmarks.goodput.search import Trial
 from benchmarks.load import LoadRun, run_load
 from benchmarks.metrics import RequestRecord
+from benchmarks.processes import cpu_seconds
 from benchmarks.semipd import running_server, sender
 from benchmarks.workload import PlannedRequest, replayed
 from semipd_jax.config import PHASES, POLICIES, require
@@ -100,13 +101,19 @@ async def _run(
     planned: Sequence[PlannedRequest], target: str, control: ControlClient, timeout_s: float
 ) -> Outcome:
     shares: Shares = {phase: [] for phase in PHASES}
+    host_s = _host_seconds()
     watching = asyncio.create_task(_watch(control, shares))
     try:
         async with AsyncClient(target) as client:
             run = await run_load(planned, sender(client), request_timeout_s=timeout_s)
     finally:
         watching.cancel()
-    return outcome_of(run, shares)
+    return outcome_of(run, shares, _host_seconds() - host_s)
+
+
+def _host_seconds() -> float:
+    """CPU time so far of all processes but the workers: those of the server and this one."""
+    return sum(s for name, s in cpu_seconds("load").items() if " worker " not in name)
 
 
 async def _watch(control: ControlClient, shares: Shares) -> None:
@@ -122,8 +129,8 @@ async def _watch(control: ControlClient, shares: Shares) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-def outcome_of(run: LoadRun, shares: Shares) -> Outcome:
-    """Times as clients saw them."""
+def outcome_of(run: LoadRun, shares: Shares, host_s: float | None = None) -> Outcome:
+    """Times as clients saw them. `host_s` is the CPU time that was not spent in steps."""
     records = run.records
     served = np.array([record.status == metrics.OK for record in records])
 
@@ -131,6 +138,10 @@ def outcome_of(run: LoadRun, shares: Shares) -> Outcome:
         values = [of(r) if r.status == metrics.OK else None for r in records]
         return np.array([np.nan if value is None else value for value in values])
 
+    counters = {"generator_cpu_share": run.health.cpu_share}
+    if host_s is not None:
+        num_tokens = sum(record.num_output_tokens for record in records)
+        counters["host_ms_per_token"] = 1e3 * host_s / max(1, num_tokens)
     started_s = min(record.sent_s for record in records)
     return Outcome(
         ttft_s=times(metrics.ttft_s),
@@ -138,6 +149,6 @@ def outcome_of(run: LoadRun, shares: Shares) -> Outcome:
         e2e_s=times(metrics.e2e_s),
         served=served,
         duration_s=max(record.finished_s for record in records) - started_s,
-        counters={"generator_cpu_share": run.health.cpu_share},
+        counters=counters,
         shares=shares,
     )

@@ -68,8 +68,8 @@ def prefill_shapes(layout: MemoryLayout, max_batched_tokens: int) -> list[Shape]
 
 
 def decode_shapes(layout: MemoryLayout) -> list[Shape]:
-    """From one row to all of them, few ones too, each time with short and long contexts, as far as the pool
-    holds them."""
+    """From one row to all of them, few ones too, each time with short and long contexts, as far as
+    the pool holds them."""
     tokens = (layout.num_pages - 1) * layout.page_size
     longest = layout.max_model_len - 1
     most = layout.num_rows - 1

@@ -53,14 +53,25 @@ class Device:
     Args:
       noise: standard deviation of the logarithm of a step's time.
       hop_s: from sending a step until it may start.
+      host_s: of each token that a step returns, what other processes take of one core of the
+        device, if that is the CPU. A lane waits for it if it was on that core: for a part of it
+        that is the lane's share, on average, since its threads wait for each other.
     """
 
     def __init__(
-        self, machine: Machine, *, num_lanes: int, hop_s: float, noise: float, seed: int
+        self,
+        machine: Machine,
+        *,
+        num_lanes: int,
+        hop_s: float,
+        noise: float,
+        seed: int,
+        host_s: float = 0.0,
     ) -> None:
         self._machine = machine
         self._lanes = [_Lane() for _ in range(num_lanes)]
         self._hop_s = hop_s
+        self._host_s = host_s
         self._noise = noise
         self._rng = np.random.default_rng(seed)
         self._factors: list[float] = []
@@ -111,7 +122,13 @@ class Device:
                 done.append((i, job))
                 lane.running = None
         self._start(changed=bool(done))
+        self._delay(self._host_s * sum(job.num_rows for _, job in done))
         return done
+
+    def _delay(self, host_s: float) -> None:
+        for lane in self._lanes:
+            if host_s and (job := lane.running) is not None:
+                job.left += host_s * job.share / job.full_s
 
     def _start(self, *, changed: bool = False) -> None:
         for lane in self._lanes:

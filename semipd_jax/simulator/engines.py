@@ -56,13 +56,14 @@ class Environment:
     """What every engine is built on.
 
     Attributes:
-      noise: see `Device`.
+      hop_s, host_s, noise: see `Device`.
       report: told of every request that ends.
     """
 
     machine: Machine
     limits: Limits
     hop_s: float
+    host_s: float
     noise: float
     seed: int
     report: Report
@@ -72,6 +73,7 @@ class Environment:
             machine or self.machine,
             num_lanes=num_lanes,
             hop_s=self.hop_s,
+            host_s=self.host_s,
             noise=self.noise,
             seed=self.seed,
         )

@@ -55,6 +55,12 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
     add("--kv-tokens", type=int, help="with --profile: size of the pool")
     add("--block-size", type=int, default=16, help="with --profile: tokens per page")
     add("--hop-ms", type=float, default=1.0, help="with --profile: from a reply to the next step")
+    add(
+        "--host-ms",
+        type=float,
+        default=0.0,
+        help="with --profile of a CPU: its time that other processes take for each token",
+    )
     add("--noise", type=float, default=0.03, help="standard deviation of log step times")
 
 
@@ -136,6 +142,7 @@ def _platform(args: argparse.Namespace) -> Platform:
         kv_tokens=args.kv_tokens,
         page_size=args.block_size,
         hop_s=args.hop_ms / 1e3,
+        host_s=args.host_ms / 1e3,
     )
 
 

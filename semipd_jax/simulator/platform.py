@@ -27,6 +27,7 @@ class Platform:
       source: `modelled` if its numbers were not measured on the device.
       kv_tokens: number of worker processes → tokens that fit in the pool.
       hop_s: from the end of a step to the start of the next one, if that was not sent ahead.
+      host_s: what each token costs the device beside its steps, see `Device`: 0 on a GPU.
       predictor: makes a latency model for a tuner to start from.
       link: to a second device; None if there is none.
     """
@@ -40,6 +41,7 @@ class Platform:
     hop_s: float
     predictor: Callable[[], LatencyModel]
     link: Link | None = None
+    host_s: float = 0.0
 
 
 def modelled(hardware: Hardware, sharing: Sharing) -> Platform:
@@ -63,7 +65,9 @@ def modelled(hardware: Hardware, sharing: Sharing) -> Platform:
     )
 
 
-def profiled(profile: Profile, *, kv_tokens: int, page_size: int, hop_s: float) -> Platform:
+def profiled(
+    profile: Profile, *, kv_tokens: int, page_size: int, hop_s: float, host_s: float
+) -> Platform:
     """A device as its profile describes it; the tuner starts from the same profile."""
     model = model_of(profile)
     return Platform(
@@ -74,5 +78,6 @@ def profiled(profile: Profile, *, kv_tokens: int, page_size: int, hop_s: float) 
         page_size=page_size,
         kv_tokens=lambda _: kv_tokens,
         hop_s=hop_s,
+        host_s=host_s,
         predictor=lambda: deepcopy(model),
     )

@@ -120,6 +120,7 @@ def build(system: System, setup: Setup, workload: Workload) -> Build:
             machine=platform.machine,
             limits=limits,
             hop_s=platform.hop_s,
+            host_s=platform.host_s,
             noise=setup.noise,
             seed=setup.seed,
             report=report,

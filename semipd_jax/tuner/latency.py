@@ -56,6 +56,9 @@ FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
 }
 """Coefficient → the amount that it is the seconds of."""
 
+CONTENTION: Final = frozenset(("contention", "weights_contention", "context_contention"))
+"""Coefficients of what a running neighbour adds."""
+
 
 type Padding = Mapping[Phase, Sequence[int]]
 """Phase → sizes that steps are padded to, ascending. What is larger than all of them is not padded,

@@ -11,11 +11,12 @@ from typing import Final, Literal
 
 import msgspec
 import numpy as np
+from jaxtyping import Bool, Float64
 
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import MemoryLayout, Phase
-from semipd_jax.tuner.latency import FEATURES, LatencyModel, Padding, Sample
+from semipd_jax.tuner.latency import CONTENTION, FEATURES, LatencyModel, Padding, Sample
 
 SCHEMA: Final = "semipd.latency/2"
 _YIELDINGS: Final = tuple(i / 10 for i in range(11))
@@ -109,19 +110,29 @@ def model_of(profile: Profile) -> LatencyModel:
 def fit(
     samples: Sequence[Sample], *, saturation: float, padding: Padding | None = None
 ) -> LatencyModel:
-    """Least squares of relative errors, coefficients ≥ 0, with the best `yielding` of a few.
+    """What a step takes alone comes from steps alone, so that no neighbour bends it; `CONTENTION`
+    and the best `yielding` of a few from what steps side by side take beyond that. Least squares of
+    relative errors, coefficients ≥ 0.
 
-    Raises ValueError if a phase has fewer samples than coefficients.
+    Raises ValueError if a phase has fewer samples alone than coefficients for them.
     """
     best: dict[Phase, tuple[float, np.ndarray]] = {}
     for phase, names in FEATURES.items():
         own = [s for s in samples if s.work.phase == phase]
-        if len(own) < len(names):
-            raise ValueError(f"{len(own)} {phase} samples; at least {len(names)} are needed")
+        alone = [s for s in own if not s.conditions.overlap]
+        together = [s for s in own if s.conditions.overlap]
+        slows = np.array([name in CONTENTION for name in names])
+        if len(alone) < np.count_nonzero(~slows):
+            text = f"{len(alone)} {phase} samples alone; at least {np.count_nonzero(~slows)} are"
+            raise ValueError(f"{text} needed")
+        coefficients = np.zeros(len(names))
+        by_itself = _relative(alone, _empty(phase, saturation, 0.0, padding))[:, ~slows]
+        coefficients[~slows] = _non_negative(by_itself, np.ones(len(alone)))
         bases = [_empty(phase, saturation, y, padding) for y in _YIELDINGS]
-        fits = [(*_fit(own, base), base.yielding[phase]) for base in bases]
-        _, coefficients, yielding = min(fits, key=lambda f: f[0])
-        best[phase] = yielding, coefficients
+        fits = [(*_beside(together, base, coefficients, slows), base) for base in bases]
+        _, slowdowns, base = min(fits, key=lambda f: f[0])
+        coefficients[slows] = slowdowns
+        best[phase] = base.yielding[phase], coefficients
     return LatencyModel(
         {phase: coefficients for phase, (_, coefficients) in best.items()},
         saturation,
@@ -137,11 +148,25 @@ def _empty(
     return LatencyModel({phase: zeros}, saturation, {phase: yielding}, padding)
 
 
-def _fit(samples: Sequence[Sample], model: LatencyModel) -> tuple[float, np.ndarray]:
-    """The error and the coefficients of one phase, for a model that has none yet."""
-    rows = np.array([model.features(s.work, s.conditions) / s.seconds for s in samples])
-    coefficients = _non_negative(rows)
-    return float(np.square(rows @ coefficients - 1).mean()), coefficients
+def _relative(samples: Sequence[Sample], model: LatencyModel) -> Float64[np.ndarray, "n k"]:
+    """What the coefficients multiply, in parts of the measured seconds."""
+    rows = [model.features(s.work, s.conditions) / s.seconds for s in samples]
+    return np.array(rows).reshape(len(rows), -1)
+
+
+def _beside(
+    samples: Sequence[Sample],
+    base: LatencyModel,
+    alone: Float64[np.ndarray, " k"],
+    slows: Bool[np.ndarray, " k"],
+) -> tuple[float, Float64[np.ndarray, " c"]]:
+    """The error and the coefficients of contention, beside those of steps alone."""
+    if not samples:
+        return 0.0, np.zeros(np.count_nonzero(slows))
+    rows = _relative(samples, base)
+    beyond = 1 - rows @ alone
+    coefficients = _non_negative(rows[:, slows], beyond)
+    return float(np.square(rows[:, slows] @ coefficients - beyond).mean()), coefficients
 
 
 def mean_error(model: LatencyModel, samples: Sequence[Sample]) -> dict[Phase, float]:
@@ -158,12 +183,15 @@ def named(model: LatencyModel) -> dict[Phase, dict[str, float]]:
     }
 
 
-def _non_negative(rows: np.ndarray) -> np.ndarray:
-    """Coefficients ≥ 0 with rows · coefficients near 1: negative ones are left out, one by one."""
+def _non_negative(
+    rows: Float64[np.ndarray, "n k"], wanted: Float64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " k"]:
+    """Coefficients ≥ 0 with rows · coefficients near `wanted`: negative ones are left out, one by
+    one."""
     columns = list(range(rows.shape[1]))
     while True:
-        scale = np.linalg.norm(rows[:, columns], axis=0)
-        kept, *_ = np.linalg.lstsq(rows[:, columns] / scale, np.ones(len(rows)))
+        scale = np.maximum(np.linalg.norm(rows[:, columns], axis=0), np.finfo(float).tiny)
+        kept, *_ = np.linalg.lstsq(rows[:, columns] / scale, wanted)
         if (kept >= 0).all() or len(columns) == 1:
             break
         del columns[int(kept.argmin())]

@@ -215,7 +215,8 @@ def test_server_outcomes_are_what_clients_saw():
         scheduled_s=0.0, sent_s=1.5, num_prompt_tokens=3, finished_s=5.0, status="UNAVAILABLE"
     )
     run = LoadRun([good, bad], GeneratorHealth(None, None, 0.5))
-    found = outcome_of(run, {"prefill": [(0.0, 1.0)], "decode": []})
+    found = outcome_of(run, {"prefill": [(0.0, 1.0)], "decode": []}, host_s=0.006)
+    assert found.counters["host_ms_per_token"] == pytest.approx(2.0)
     assert found.ttft_s[0] == pytest.approx(0.5)
     assert found.tpot_s[0] == pytest.approx(0.1)
     assert found.served.tolist() == [True, False]

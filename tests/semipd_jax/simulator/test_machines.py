@@ -190,6 +190,13 @@ class Halves:
         return 2.0, 2.0
 
 
+class Alone(Halves):
+    """Every step takes 1 s."""
+
+    def together_s(self, a, share_a, b, share_b):
+        return 1.0, 1.0
+
+
 def run_device(device: Device, most: int = 20) -> list[tuple[float, int, str]]:
     done = []
     for _ in range(most):
@@ -220,6 +227,20 @@ def test_a_step_slows_down_only_while_the_other_lane_runs():
     device.send(1, "b", 0, 0, Load(()), 1.0)
     # Half of a is left, at half speed until 1.5; b has then run half, and ends alone at 2.
     assert run_device(device) == [(1.5, 0, "a"), (2.0, 1, "b")]
+
+
+def test_other_processes_of_a_cpu_hold_up_lanes_by_their_shares():
+    device = Device(Alone(), num_lanes=2, hop_s=0.0, noise=0.0, seed=0, host_s=0.01)
+    device.send(0, "a", 0, 5, Load(()), 0.5)
+    device.send(0, "b", 0, 0, Load(()), 0.5)
+    device.advance(0.5)
+    device.send(1, "c", 0, 0, Load(()), 1.0)
+    # The five tokens of a take 50 ms of a core: all of them from c, half of them from b.
+    assert run_device(device) == [
+        (1.0, 0, "a"),
+        (pytest.approx(1.55), 1, "c"),
+        (pytest.approx(2.025), 0, "b"),
+    ]
 
 
 def test_noise_is_of_the_seed():
