@@ -36,6 +36,8 @@ def markdown(loads: Loads) -> str:
         if better is not None:
             names = ", ".join(better) or "none"
             parts.append(f"{load['workload']}: static pairs over 2 % better than {OURS}: {names}")
+        if hosts := _host_times(load["systems"]):
+            parts.append(f"{load['workload']}: CPU time beside the steps, ms per token: {hosts}")
     return "\n".join(parts) + "\n"
 
 
@@ -67,6 +69,17 @@ def ratios(loads: Loads) -> str:
             if any(cell != "-" for cell in cells):
                 rows.append([f"{above} / {below}", f"{paper:.2f}", *cells])
     return table(["ratio", "paper", *(load["workload"] for load in loads)], rows) if rows else ""
+
+
+def _host_times(systems: Mapping[str, Any]) -> str:
+    """At each system's goodput, for those that were measured: `--host-ms` of a simulation."""
+    found: list[str] = []
+    for name, result in systems.items():
+        counters = [seed["at_goodput"]["counters"] for seed in result["seeds"]]
+        values = [c["host_ms_per_token"] for c in counters if "host_ms_per_token" in c]
+        if values:
+            found.append(f"{name} {sum(values) / len(values):.2f}")
+    return ", ".join(found)
 
 
 def _goodput(result: Mapping[str, Any] | None) -> str:

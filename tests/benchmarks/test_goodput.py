@@ -249,11 +249,16 @@ def test_command_measures_draws_and_draws_again(tmp_path, capsys, monkeypatch):
             assert (tmp_path / f"a/sharegpt-{name}.{suffix}").stat().st_size > 1000
     assert not (tmp_path / "a/sharegpt-shares.svg").exists(), "they did not move"
     measured["systems"]["predictive+spf"]["shares"]["decode"][5:9] = [0.4] * 4
+    at_goodput = measured["systems"]["static:1,1"]["seeds"][0]["at_goodput"]
+    at_goodput["counters"]["host_ms_per_token"] = 0.75
     (tmp_path / "moved.json").write_text(json.dumps(result))
     assert main(["--from", str(tmp_path / "moved.json"), "--out", str(tmp_path / "b")]) == 0
     assert (tmp_path / "b/sharegpt-shares.svg").stat().st_size > 1000
-    for name in ("goodput.md", "sharegpt-latency.svg"):
-        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    same = (tmp_path / side / "sharegpt-latency.svg" for side in "ab")
+    assert len({path.read_bytes() for path in same}) == 1
+    before, after = ((tmp_path / side / "goodput.md").read_text() for side in "ab")
+    host = "sharegpt: CPU time beside the steps, ms per token: static:1,1 0.75\n"
+    assert after == before + host
 
 
 def test_bad_flags_are_explained(capsys):
