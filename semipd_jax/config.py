@@ -21,6 +21,7 @@ type Device = Literal["auto", "cpu", "cuda"]
 type MpsMode = Literal["auto", "on", "off"]
 type SchedulingPolicy = Literal["fcfs", "spf"]
 type SharePolicy = Literal["static", "semi-pd", "semi-pd-replan", "predictive"]
+type PolicyChoice = Literal["auto", "static", "semi-pd", "semi-pd-replan", "predictive"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 type Mode = Literal["semi-pd", "colocated", "chunked"]
 type Phase = Literal["prefill", "decode"]
@@ -247,7 +248,8 @@ class TunerConfig:
     """Who chooses the shares while requests flow, and what latency is promised.
 
     Attributes:
-      policy: "static" keeps the shares. "semi-pd" and "semi-pd-replan" move them after every window
+      policy: "auto" is "predictive" if there is a `profile` to predict by, else "static", which
+        keeps the shares. "semi-pd" and "semi-pd-replan" move them after every window
         of finished requests, as the paper and its authors' code do. "predictive" chooses them
         before every step, by the step times of `profile`.
       slo_ttft_ms, slo_tpot_ms: promised to every request; None promises nothing.
@@ -256,7 +258,7 @@ class TunerConfig:
       profile: file made by `python -m semipd_jax.profile` on this device with this model.
     """
 
-    policy: SharePolicy = "static"
+    policy: PolicyChoice = "auto"
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
     slo_classes: str = ""
@@ -335,6 +337,14 @@ class EngineConfig:
     def max_num_workers(self) -> int:
         return self.shares.max_num_workers if self.mode == "semi-pd" else 1
 
+    @property
+    def share_policy(self) -> SharePolicy:
+        """The one that the tuner starts with."""
+        if self.tuner.policy != "auto":
+            return self.tuner.policy
+        can_predict = self.mode == "semi-pd" and self.tuner.profile is not None
+        return "predictive" if can_predict else "static"
+
     def _require_no_shares(self) -> None:
         unset = ShareConfig()
         for name, key in (
@@ -347,5 +357,5 @@ class EngineConfig:
             value = getattr(self.shares, key)
             allowed = f"unset with mode {self.mode!r}, whose one worker has all compute"
             require(value == getattr(unset, key), name, value, allowed)
-        policy = self.tuner.policy
-        require(policy == "static", "policy", policy, f"static with mode {self.mode!r}")
+        policy = self.share_policy
+        require(policy == "static", "policy", policy, f"auto or static with mode {self.mode!r}")

@@ -81,6 +81,6 @@ def _share_control(
         tuner_factory(config),
         scheduler,
         clock,
-        policy=config.tuner.policy,
+        policy=config.share_policy,
         targets=targets,
     )

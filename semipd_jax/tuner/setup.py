@@ -90,7 +90,7 @@ def tuner_factory(
 def check(config: EngineConfig) -> None:
     """Raises ConfigError unless the tuner of these options can work."""
     start = Shares(config.shares.prefill, config.shares.decode)
-    tuner_factory(config)(config.tuner.policy, targets_of(config.tuner), start)
+    tuner_factory(config)(config.share_policy, targets_of(config.tuner), start)
 
 
 def _require_promises(policy: SharePolicy, targets: SloTargets) -> None:

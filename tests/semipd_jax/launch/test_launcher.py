@@ -135,7 +135,9 @@ def test_the_reason_of_a_failed_start_is_raised():
 
 def test_a_profile_of_another_model_prevents_the_start(tmp_path):
     path = save_profile(tmp_path / "p.json", Sizes(weight_bytes=1 << 30, kv_bytes_per_token=1024))
-    with_profile = EngineConfig(model=ModelConfig(path="none"), tuner=TunerConfig(profile=path))
+    with_profile = EngineConfig(
+        model=ModelConfig(path="none"), tuner=TunerConfig(policy="static", profile=path)
+    )
     launcher = Launcher(with_profile, modules=FAKES)
     with pytest.raises(StartupError, match=r"the model 'demo' with 1,024\.0 MiB of weights"):
         launcher.start()

@@ -42,10 +42,19 @@ def profile_path(tmp_path) -> str:
     return save_profile(tmp_path / "profile.json")
 
 
-def test_static_is_the_default_and_needs_nothing():
+def test_static_is_the_default_without_a_profile_and_needs_nothing():
     config = build_config("m")
-    assert config.tuner.policy == "static"
+    assert config.share_policy == "static"
     assert tuner_factory(config)("static", targets_of(config.tuner), FULL) is None
+
+
+def test_predictive_is_the_default_with_a_profile(profile_path):
+    given = {"tuner_profile": profile_path, **SLO, **LADDER}
+    assert build_config("m", **given).share_policy == "predictive"
+    assert build_config("m", policy="static", **given).share_policy == "static"
+    assert build_config("m", mode="colocated", tuner_profile=profile_path).share_policy == "static"
+    with pytest.raises(ConfigError, match=r"slo_tpot_ms is None.*under the policy predictive"):
+        build_config("m", tuner_profile=profile_path, **LADDER)
 
 
 def test_promises_come_from_the_options():
@@ -81,7 +90,7 @@ def test_the_predictive_policy_needs_a_profile_too(profile_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"policy": "best"}, "policy is 'best'; allowed: static, semi-pd, "),
+        ({"policy": "best"}, "policy is 'best'; allowed: auto, static, semi-pd, "),
         ({"slo_ttft_ms": 0}, "slo_ttft_ms is 0.0"),
         ({"slo_classes": "5:2000"}, "slo_classes is '5:2000'; allowed: priority:ttft_ms:tpot_ms"),
         ({"slo_classes": "x:1:2"}, "slo_classes is 'x:1:2'"),
@@ -125,7 +134,7 @@ def test_tuners_of_one_engine_refine_one_model(profile_path):
     assert second is not None
     assert first is not second
     model = first._model  # pyright: ignore[reportPrivateUsage]
-    model.set("decode", np.full(6, 2e-3))
+    model.set("decode", np.full(8, 2e-3))
     assert second._model is model  # pyright: ignore[reportPrivateUsage]
 
 
@@ -145,7 +154,7 @@ def layout(*, weight_bytes=16_000_000, kv_bytes_per_token=1024) -> MemoryLayout:
 
 def warnings_of(caplog, path: str, model: str, device: str, **sizes: int) -> list[str]:
     caplog.set_level(logging.WARNING)
-    check_profile(build_config(model, tuner_profile=path), device, layout(**sizes))
+    check_profile(build_config(model, policy="static", tuner_profile=path), device, layout(**sizes))
     return [record.getMessage() for record in caplog.records]
 
 
