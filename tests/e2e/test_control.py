@@ -14,7 +14,7 @@ from semipd_jax.errors import EngineError, InvalidRequestError, UnavailableError
 from semipd_server.client import Client
 from semipd_server.control_client import ControlClient
 
-FLAGS = ("--share-ladder=0.5,1.0", "--policy=predictive", "--slo-ttft-ms=1000", "--slo-tpot-ms=25")
+FLAGS = ("--share-ladder=0.5,1.0", "--slo-ttft-ms=1000", "--slo-tpot-ms=25")
 
 
 def generate(target: str) -> list[str]:
