@@ -73,7 +73,7 @@ class Abuse:
 
     async def thousand_streams(self) -> None:
         async with self._channel() as stub:
-            calls = [stub.Generate(_request(max_tokens=20)) for _ in range(_STREAMS)]
+            calls = [stub.Generate(_request(max_tokens=1000)) for _ in range(_STREAMS)]
             await asyncio.gather(*(_read(call) for call in calls), return_exceptions=True)
 
     async def cancel_storm(self) -> None:

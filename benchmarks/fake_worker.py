@@ -4,6 +4,7 @@ It answers each step after `STEP_S` seconds (an environment variable), or else a
 so that there is text to decode.
 """
 
+import gc
 import os
 import time
 from typing import Final
@@ -37,6 +38,8 @@ def main(child: Child) -> None:
     assert spec.lane is not None
     assert spec.share is not None
     worker_id, step_s = spec.extra["worker_id"], float(os.environ.get(STEP_S, "0"))
+    gc.collect()
+    gc.freeze()  # as the real one does
     link = Link[ToWorker, FromWorker](spec.run_dir, WORKERS, worker_id, ToWorker)
     link.send(WorkerReady(worker_id, spec.lane, spec.share))
     child.ready()

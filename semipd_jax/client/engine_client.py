@@ -17,12 +17,14 @@ from semipd_jax.client.observations import ERROR, Observations, RequestTimes
 from semipd_jax.client.prompt import Prompt, PromptEncoder
 from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
 from semipd_jax.client.stream import Stream
+from semipd_jax.client.turns import CALLER, Turns
 from semipd_jax.config import POLICIES, ModelConfig, SharePolicy
 from semipd_jax.errors import (
     DuplicateRequestError,
     EngineError,
     InvalidRequestError,
     OverloadedError,
+    RequestFailedError,
     RequestNotFoundError,
     UnavailableError,
 )
@@ -50,7 +52,6 @@ from semipd_jax.request import (
     FinishReason,
     Request,
     SamplingParams,
-    TokenLogprob,
     validate_scheduling,
 )
 from semipd_jax.text.output import OutputText
@@ -97,6 +98,7 @@ class EngineClient:
         self._prompts = PromptEncoder(tokenizer, layout.max_model_len)
         self._numbers = itertools.count(1)  # of requests and queries on the link
         self._streams: dict[int, Stream] = {}
+        self._turns = Turns()
         self._handles: dict[str, int] = {}
         self._queries: dict[int, asyncio.Future[Any]] = {}
         self._link: AsyncLink[FromCoordinator, ToCoordinator] | None = None
@@ -175,16 +177,21 @@ class EngineClient:
         except EngineError as error:
             self.observations.refusal(error)
             raise
+        reason = FinishReason.ABORT.value
         try:
             while True:
                 event = await stream.next()
                 yield event
                 if isinstance(event, Finished):
                     return
+        except RequestFailedError:
+            reason = ERROR
+            raise
         finally:
+            stream.close()
             if self._forget(stream):
                 self._abort(stream.handle, FinishReason.ABORT)
-                self.observations.gave_up(FinishReason.ABORT)
+                self.observations.gave_up(reason)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream ends with reason ABORT.
@@ -317,7 +324,8 @@ class EngineClient:
             link.send(Submit(handle, request))
         except BlockingIOError as error:
             raise OverloadedError(str(error)) from error
-        stream = Stream(handle, request_id, len(token_ids), text, times)
+        turns, caller = self._turns, CALLER.get()
+        stream = Stream(handle, request_id, len(token_ids), text, times, turns, caller)
         self._streams[handle] = stream
         self._handles[request_id] = handle
         return stream
@@ -399,8 +407,12 @@ class EngineClient:
         logprobs = dict(message.logprobs)
         now_s = self.observations.clock()
         for i, (handle, token_id) in enumerate(zip(handles, token_ids, strict=True)):
-            if stream := self._streams.get(handle):
-                self._take_token(stream, token_id, logprobs.get(i), now_s)
+            stream = self._streams.get(handle)
+            if stream is None or stream.is_stopped:
+                continue
+            self.observations.token(stream.times, now_s)
+            if stream.token(token_id, logprobs.get(i)):
+                self._abort(handle, FinishReason.STOP)
         for done in message.done:
             if stream := self._streams.get(done.handle):
                 self._forget(stream)
@@ -410,23 +422,6 @@ class EngineClient:
                     self.observations.ended(stream.times, stream.prompt_len, reason, done.timings)
                 else:
                     self.observations.gave_up(ERROR)
-
-    def _take_token(
-        self, stream: Stream, token_id: int, logprob: TokenLogprob | None, now_s: float
-    ) -> None:
-        """What goes wrong with one request's text must not touch the others."""
-        if stream.is_stopped:
-            return
-        self.observations.token(stream.times, now_s)
-        try:
-            if stream.token(token_id, logprob):
-                self._abort(stream.handle, FinishReason.STOP)
-        except Exception:
-            _log.exception("the text of request %s failed", stream.request_id)
-            self._forget(stream)
-            self._abort(stream.handle, FinishReason.ABORT)
-            self.observations.gave_up(ERROR)
-            stream.fail("the text of this request cannot be made")
 
 
 def _check(ok: bool, field: str, value: object, allowed: str) -> None:

@@ -10,7 +10,11 @@ from semipd_jax.text.tokenizer import Tokenizer
 
 class OutputText:
     """Detokenised, and cut at the first stop string. A stop token leaves no text, like a stop
-    string, unless the request asks for it."""
+    string, unless the request asks for it.
+
+    Attributes:
+      may_stop: there are stop strings; to find them in time, tokens must be pushed one by one.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams
@@ -18,6 +22,7 @@ class OutputText:
         self._detokenizer = Detokenizer(
             tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens
         )
+        self.may_stop = bool(sampling.stop)
         self._stop_strings = StopStrings(sampling.stop, include_stop=sampling.include_stop)
         self._tokens_before_stop = sampling.min_tokens
         self._hidden = () if sampling.include_stop else frozenset(sampling.stop_token_ids)
@@ -27,12 +32,10 @@ class OutputText:
         """The stop string that was found; no text comes after it."""
         return self._stop_strings.matched
 
-    def push(self, token_id: int) -> str:
-        """Text that became certain with this token."""
-        self._tokens_before_stop -= 1
-        if token_id in self._hidden:
-            return ""
-        text = self._detokenizer.push(token_id)
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that became certain with these tokens."""
+        self._tokens_before_stop -= len(token_ids)
+        text = self._detokenizer.push([t for t in token_ids if t not in self._hidden])
         return text if self._tokens_before_stop >= 0 else self._stop_strings.push(text)
 
     def finish(self) -> str:

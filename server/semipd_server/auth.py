@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, Final
 
 import grpc
@@ -11,6 +12,9 @@ from grpc_health.v1 import health
 from semipd_server.status import refusal
 
 REFUSAL: Final = "missing or wrong API key; send the header 'authorization: Bearer <key>'"
+HOLDER: Final[ContextVar[str]] = ContextVar("holder", default="")
+"""The key of the gRPC call that is being answered, by `Keys.holder`."""
+
 _HEALTH_PREFIX: Final = f"/{health.SERVICE_NAME}/"
 
 
@@ -24,14 +28,17 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = tuple(_digest(key) for key in keys)
 
-    def allow(self, authorization: str | None) -> bool:
-        """Whether the value of an `authorization` header may pass."""
+    def holder(self, authorization: str | None) -> str | None:
+        """Which key is in the value of an `authorization` header, by its number. "" without keys;
+        None: it may not pass."""
         if not self._digests:
-            return True
+            return ""
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        if scheme.lower() != "bearer" or not any(matches):
+            return None
+        return str(matches.index(True))
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
@@ -49,7 +56,9 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         metadata = dict(handler_call_details.invocation_metadata or ())
         is_open = handler is None or is_health(handler_call_details.method)
-        if is_open or self._keys.allow(_text(metadata.get("authorization"))):
+        holder = self._keys.holder(_text(metadata.get("authorization")))
+        if is_open or holder is not None:
+            HOLDER.set(holder or "")
             return handler
         return refusal(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
 

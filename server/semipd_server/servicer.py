@@ -12,6 +12,8 @@ import grpc
 from google.protobuf.message import Message
 
 from semipd_server import patience
+from semipd_server.auth import HOLDER
+from semipd_server.callers import set_grpc_caller
 from semipd_server.convert import event_message, prompt_from, sampling_from
 from semipd_server.gate import Engine, Gate
 from semipd_server.limits import MAX_ENTRIES, check_entries
@@ -48,6 +50,7 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
             try:
                 metadata = context.invocation_metadata() or ()
                 set_trace_context(dict(metadata))
+                set_grpc_caller(HOLDER.get(), context.peer())
                 if echo := [pair for pair in metadata if pair[0] == _REQUEST_ID_KEY]:
                     await context.send_initial_metadata(tuple(echo))
                 check_entries(request, self.gate.engine.info.max_model_len, self.entries)

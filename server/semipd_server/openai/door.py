@@ -6,6 +6,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from semipd_server.auth import REFUSAL, Keys
+from semipd_server.callers import set_http_caller
 from semipd_server.gate import Gate
 from semipd_server.openai.errors import ApiError
 from semipd_server.openai.reply import Reply
@@ -26,6 +27,8 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         request_id = headers.get(_REQUEST_ID)
+        holder = self._keys.holder(headers.get("authorization"))
+        set_http_caller(holder or "", scope["client"])
         set_trace_context(headers)
 
         async def send_on(message: Message) -> None:
@@ -34,7 +37,7 @@ class Door:
             await send(message)
 
         with self._gate.inside():
-            if scope["path"] in _OPEN_PATHS or self._keys.allow(headers.get("authorization")):
+            if scope["path"] in _OPEN_PATHS or holder is not None:
                 await self._app(scope, receive, send_on)
             else:
                 await Reply(send_on).error(ApiError(401, REFUSAL, code="invalid_api_key"))

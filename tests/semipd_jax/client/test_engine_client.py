@@ -1,13 +1,14 @@
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
 from fake_coordinator import TIMINGS, FakeCoordinator, arithmetic, layout
 
 from semipd_jax.client import EngineClient
-from semipd_jax.client.observations import RequestTimes
+from semipd_jax.client.observations import ERROR, RequestTimes
 from semipd_jax.client.stream import MAX_DELTA_TOKENS, Stream
+from semipd_jax.client.turns import CALLER, MAX_TURNS, Turns
 from semipd_jax.config import ModelConfig
 from semipd_jax.errors import (
     DuplicateRequestError,
@@ -335,7 +336,9 @@ def test_a_stop_string_ends_the_request(rig, tokenizer: Tokenizer, include: bool
 
 def test_tokens_after_a_stop_string_are_dropped(tokenizer: Tokenizer):
     sampling = SamplingParams(stop=("two",))
-    stream = Stream(1, "id", 1, OutputText(tokenizer, [5], sampling), RequestTimes(0.0))
+    stream = Stream(
+        1, "id", 1, OutputText(tokenizer, [5], sampling), RequestTimes(0.0), Turns(), ()
+    )
     words = tokenizer.encode("one two three", add_special_tokens=False)
     found = [stream.token(word, None) for word in words]
     assert found.count(True) == 1
@@ -389,7 +392,7 @@ def test_a_slow_reader_gets_one_delta_and_delays_nobody(rig):
 def test_a_very_slow_reader_gets_deltas_of_bounded_size(tokenizer: Tokenizer):
     length = 2 * MAX_DELTA_TOKENS + 5
     text_of = OutputText(tokenizer, [5], SamplingParams())
-    stream = Stream(1, "id", 1, text_of, RequestTimes(0.0))
+    stream = Stream(1, "id", 1, text_of, RequestTimes(0.0), Turns(), ())
     word = tokenizer.encode("the", add_special_tokens=False)[0]
     for i in range(length):
         stream.token(word, TokenLogprob(word, -float(i)))
@@ -503,3 +506,58 @@ def test_connect_reads_tokenizer_and_defaults_from_the_model(
             await client.close()
 
     asyncio.run(main())
+
+
+def test_a_caller_with_many_streams_does_not_make_another_one_wait(rig):
+    """All have got a token at once; the reader of the one is served among the first."""
+
+    async def main():
+        async with rig() as r:
+            read: list[str] = []
+
+            async def follow(name: str) -> None:
+                CALLER.set((name,))
+                async for event in r.client.generate([1], {"max_tokens": 2}):
+                    if isinstance(event, Delta):
+                        read.append(name)
+                        await asyncio.sleep(0)
+
+            streams = [asyncio.create_task(follow("many")) for _ in range(10 * MAX_TURNS)]
+            streams.append(asyncio.create_task(follow("alone")))
+            submitted = r.fake.submitted
+            await r.fake.until(lambda: len(submitted) == len(streams), stepping=False)
+            r.fake.step()
+            await asyncio.sleep(0.05)
+            await r.fake.until(lambda: len(read) >= len(streams), stepping=False)
+            assert read.index("alone") <= MAX_TURNS + 1
+            await r.fake.until(lambda: all(stream.done() for stream in streams))
+            await asyncio.gather(*streams)
+
+    asyncio.run(main())
+
+
+def test_text_that_cannot_be_made_ends_its_own_request_only(
+    rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    push = OutputText.push
+
+    def fail_for_9(self: OutputText, token_ids: Sequence[int]) -> str:
+        if 9 in token_ids:
+            raise ValueError("no text for 9")
+        return push(self, token_ids)
+
+    monkeypatch.setattr(OutputText, "push", fail_for_9)
+
+    async def main():
+        async with rig(answer=lambda request, _: request.prompt_token_ids[0]) as r:
+            for sampling in ({"max_tokens": 4}, {"max_tokens": 4, "stop": ["x"]}):
+                other = asyncio.ensure_future(r.read(r.client.generate([8], sampling)))
+                with pytest.raises(RequestFailedError, match="text of this request"):
+                    await r.run(r.client.generate([9], sampling))
+                await r.fake.until(other.done)
+                assert len(tokens(other.result())) == 4
+            assert r.client.observations.finished[ERROR] == 2
+            assert not r.client._streams
+
+    asyncio.run(main())
+    assert caplog.text.count("no text for 9") >= 2

@@ -13,7 +13,12 @@ TEXT = st.text(st.sampled_from("the a.éßあ日😀👩‍👩‍👧\t\n ▁\x
 
 def streamed(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool) -> list[str]:
     detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip)
-    return [*(detokenizer.push(token_id) for token_id in output), detokenizer.finish()]
+    return [*(detokenizer.push([token_id]) for token_id in output), detokenizer.finish()]
+
+
+def in_pieces(tokenizer: Tokenizer, prompt: list[int], pieces: list[list[int]], skip: bool) -> str:
+    detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip)
+    return "".join([*map(detokenizer.push, pieces), detokenizer.finish()])
 
 
 def added_text(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool) -> str:
@@ -38,6 +43,21 @@ def test_any_byte_level_tokens_give_what_the_tokenizer_decodes(
 ):
     expected = added_text(byte_level, prompt, output, skip)
     assert "".join(streamed(byte_level, prompt, output, skip)) == expected
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@given(prompt=byte_level_ids(), pieces=st.lists(byte_level_ids(), max_size=6), skip=st.booleans())
+def test_tokens_that_come_together_give_what_they_give_one_by_one(
+    name: str,
+    prompt: list[int],
+    pieces: list[list[int]],
+    skip: bool,
+    request: pytest.FixtureRequest,
+):
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    output = [token_id for piece in pieces for token_id in piece]
+    one_by_one = "".join(streamed(tokenizer, prompt, output, skip))
+    assert in_pieces(tokenizer, prompt, pieces, skip) == one_by_one
 
 
 @given(prompt=TEXT, output=TEXT, skip=st.booleans())

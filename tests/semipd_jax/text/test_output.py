@@ -8,7 +8,8 @@ from semipd_jax.text.tokenizer import Tokenizer
 def text_of(tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> tuple[str, str | None]:
     output = OutputText(tokenizer, tokenizer.encode("x"), sampling)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return "".join([*map(output.push, ids), output.finish()]), output.matched_stop
+    texts = [output.push([token_id]) for token_id in ids]
+    return "".join([*texts, output.finish()]), output.matched_stop
 
 
 def test_stop_strings_cut_detokenised_text(byte_level: Tokenizer):

@@ -1,0 +1,45 @@
+"""Requests of different clients can be told apart, so that turns can be shared between them."""
+
+import asyncio
+
+from openai_rig import openai_client
+from server_rig import Rig, Start
+
+from semipd_server.client import AsyncClient
+from semipd_server.settings import Settings
+
+KEYS = ("first-key", "second-key")
+
+
+async def callers_of_both_protocols(rig: Rig, key: str) -> list[tuple[str, ...]]:
+    """What two connections of one client are called: of gRPC and of HTTP."""
+    async with AsyncClient(rig.address, api_key=key) as grpc, openai_client(rig, key) as openai:
+        create = openai.completions.create(model="tiny", prompt=[5], max_tokens=2)
+        work = asyncio.gather(grpc.complete([5], max_tokens=2), create)
+        await rig.fake.until(lambda: len(rig.engine._streams) == 2, stepping=False)
+        found = [stream.caller for stream in rig.engine._streams.values()]
+        await rig.fake.until(work.done)
+        await work
+    return found
+
+
+def test_callers_are_told_apart_by_key_host_and_connection(start: Start):
+    async def main():
+        async with start(settings=Settings(port=0, http_port=0, api_keys=KEYS)) as rig:
+            for number, key in enumerate(KEYS):
+                first, second = await callers_of_both_protocols(rig, key)
+                assert first[0] == second[0] == str(number)
+                assert "127.0.0.1" in first[1]
+                assert "127.0.0.1" in second[1]
+                assert first[2] != second[2]
+
+    asyncio.run(main())
+
+
+def test_without_keys_what_a_client_says_to_be_its_key_makes_no_difference(start: Start):
+    async def main():
+        async with start() as rig:
+            first, second = [(await callers_of_both_protocols(rig, key))[0] for key in KEYS]
+            assert first[:2] == second[:2]
+
+    asyncio.run(main())
