@@ -20,7 +20,7 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--no-proxy-server"),
     *("--disable-dev-shm-usage", "--disable-quic", "--remote-debugging-pipe"),
 )
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 
 
 def executable() -> str | None:

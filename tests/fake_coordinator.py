@@ -125,7 +125,7 @@ class FakeCoordinator:
             await asyncio.sleep(interval_s)
 
     async def until(
-        self, condition: Callable[[], bool], *, stepping: bool = True, timeout_s: float = 10.0
+        self, condition: Callable[[], bool], *, stepping: bool = True, timeout_s: float = 60.0
     ) -> None:
         """Takes messages (and steps) until `condition` holds."""
         async with asyncio.timeout(timeout_s):

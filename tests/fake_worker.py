@@ -53,4 +53,4 @@ def main(child: Child) -> None:
 
 
 if __name__ == "__main__":
-    run_child(main)
+    run_child(main, grace_s=60.0)  # one that stays may stay

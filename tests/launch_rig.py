@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 
 
 def config(*, shares: ShareConfig | None = None, **timeouts: float) -> EngineConfig:
-    times = {"startup_s": 30.0, "step_s": 60.0, **timeouts}
+    times = {"startup_s": 120.0, "step_s": 60.0, **timeouts}
     return EngineConfig(
         model=ModelConfig(path="none"),
         timeouts=TimeoutConfig(**times),
@@ -34,7 +34,7 @@ def config(*, shares: ShareConfig | None = None, **timeouts: float) -> EngineCon
     )
 
 
-def wait_until(condition, *, timeout_s: float = 20.0):
+def wait_until(condition, *, timeout_s: float = 60.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -54,7 +54,7 @@ class Client:
         self._link.send(Submit(handle, request))
         tokens: list[int] = []
         while True:
-            message = self._link.receive(20.0)
+            message = self._link.receive(60.0)
             assert message is not None, "no answer"
             if isinstance(message, Outputs):
                 new = np.frombuffer(message.token_ids, np.int32).tolist()
@@ -68,7 +68,7 @@ class Client:
     def shares(self, **shares: float) -> Partition:
         """After a change to those given. Only while nothing is generated."""
         self._link.send(SetPartition(1, **shares))
-        report = self._link.receive(20.0)
+        report = self._link.receive(60.0)
         assert isinstance(report, PartitionReply)
         return report.partition
 

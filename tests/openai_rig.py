@@ -29,7 +29,7 @@ async def while_serving[T](rig: Rig, work: Awaitable[T]) -> T:
 
 @asynccontextmanager
 async def openai_client(rig: Rig, key: str = KEY) -> AsyncIterator[AsyncOpenAI]:
-    client = AsyncOpenAI(base_url=f"{rig.url}/v1", api_key=key, max_retries=0, timeout=10)
+    client = AsyncOpenAI(base_url=f"{rig.url}/v1", api_key=key, max_retries=0, timeout=60)
     async with client:
         yield client
 
@@ -38,7 +38,7 @@ async def in_thread[T](rig: Rig, work: Callable[[OpenAI], T]) -> T:
     """What `work` returns, with the blocking client in a thread."""
 
     def call() -> T:
-        with OpenAI(base_url=f"{rig.url}/v1", api_key=KEY, max_retries=0, timeout=10) as client:
+        with OpenAI(base_url=f"{rig.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
             return work(client)
 
     return await while_serving(rig, asyncio.to_thread(call))
@@ -63,5 +63,5 @@ async def collect(stream: Awaitable[Any]) -> list[Any]:
 
 async def request(rig: Rig, method: str, path: str, **options: Any) -> httpx2.Response:
     """A plain HTTP request, while the coordinator steps."""
-    async with httpx2.AsyncClient(base_url=rig.url, timeout=10) as client:
+    async with httpx2.AsyncClient(base_url=rig.url, timeout=60) as client:
         return await while_serving(rig, client.request(method, path, **options))

@@ -50,4 +50,4 @@ def serving(log: Path, *flags: str) -> Iterator[Server]:
             for process in server.family().values():
                 process.kill()
         server.process.kill()
-        server.process.wait(10)
+        server.process.wait(60)

@@ -59,7 +59,7 @@ def test_failures_are_recorded_by_status() -> None:
         if request.output_len == 3:
             await asyncio.Event().wait()
 
-    records = run([planned(0.0, output_len=n) for n in (1, 2, 3, 4)], send, timeout_s=0.05)
+    records = run([planned(0.0, output_len=n) for n in (1, 2, 3, 4)], send, timeout_s=0.5)
     statuses = [r.status for r in records]
     assert statuses == [OK, "UNAVAILABLE", "DEADLINE_EXCEEDED", "WRONG_LENGTH"]
     assert [r.token_ids for r in records] == [[1]] * 4

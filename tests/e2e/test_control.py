@@ -60,7 +60,7 @@ def check_decisions(control: ControlClient, server: Server) -> None:
     assert stats.decode.predictions > 0
     assert stats.decode.prediction_error_mean > 0
     assert stats.pages.used == 0
-    record = server.wait_for(r"share changes: (\{.*\})", timeout_s=5)[1]
+    record = server.wait_for(r"share changes: (\{.*\})", timeout_s=60)[1]
     told = msgspec.json.decode(record)
     assert told["policy"] == "predictive"
     assert told["predicted_decode_s"] > 0
@@ -83,7 +83,7 @@ def check_end(control: ControlClient, server: Server) -> None:
     with pytest.raises(UnavailableError):
         for _ in watch:
             pass
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     assert not re.search("Traceback", server.log)
     with pytest.raises(EngineError):
         control.partition()

@@ -4,7 +4,7 @@ import asyncio
 import random
 
 import pytest
-from e2e_processes import engine_processes
+from e2e_processes import engine_processes, kill
 
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
@@ -79,9 +79,8 @@ def test_a_worker_with_mixed_steps_may_die_at_any_moment(compile_cache, expected
     async def kill_some(rng: random.Random) -> None:
         for _ in range(NUM_KILLS):
             await asyncio.sleep(rng.uniform(0.2, 0.6))
-            while (worker := engine_processes().get("chunked worker 1.00")) is None:
+            while not kill("chunked worker 1.00"):
                 await asyncio.sleep(0.05)
-            worker.kill()
 
     async def run() -> None:
         async with engine_of("chunked", compile_cache) as engine:

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from e2e_processes import engine_processes
+from e2e_processes import kill
 from openai import OpenAI
 from pydantic import BaseModel, ConfigDict, Field
 from serve_rig import serving
@@ -90,10 +90,8 @@ def test_forms_hold_among_others_through_preemption_and_the_loss_of_workers(comp
         num_kills = 0
         for phase in ("decode", "prefill", "decode"):
             await asyncio.sleep(0.1)
-            worker = engine_processes().get(f"{phase} worker 1.00")
-            if worker is not None and not running.done():
-                worker.kill()
-                num_kills += 1
+            if not running.done():
+                num_kills += kill(f"{phase} worker 1.00")
         return num_kills
 
     async def run() -> None:

@@ -10,7 +10,7 @@ from semipd_jax import serve
 from semipd_jax.config import EngineConfig, ModelConfig
 from semipd_jax.launch.launcher import Launcher
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class FakeLauncher(Launcher):

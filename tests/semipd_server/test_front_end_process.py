@@ -27,7 +27,7 @@ from semipd_server.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 _decoder = msgspec.json.Decoder[Any](FromChild)
 
@@ -59,7 +59,7 @@ type Start = Callable[..., AbstractAsyncContextManager[FrontEnd]]
 def start(run_dir: str, model_dir: str) -> Start:
     @asynccontextmanager
     async def start(
-        port: int = 0, model: str = model_dir, shutdown_s: float = 10.0
+        port: int = 0, model: str = model_dir, shutdown_s: float = 60.0
     ) -> AsyncIterator[FrontEnd]:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "semipd_server.main",

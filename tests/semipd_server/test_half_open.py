@@ -35,9 +35,7 @@ async def still_serves(rig: Rig) -> bool:
 
 async def until_given_up(rig: Rig, count: int = 1) -> None:
     """The coordinator is told to end what the client wanted, and takes pages and rows back."""
-    await rig.fake.until(
-        lambda: rig.fake.aborted == [FinishReason.ABORT] * count, stepping=False, timeout_s=20
-    )
+    await rig.fake.until(lambda: rig.fake.aborted == [FinishReason.ABORT] * count, stepping=False)
     assert rig.fake.running == {}
 
 
@@ -46,7 +44,7 @@ async def until_given_up(rig: Rig, count: int = 1) -> None:
 
 def connect(address: str) -> socket.socket:
     host, port = address.removeprefix("http://").rsplit(":", 1)
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
@@ -168,12 +166,17 @@ def test_a_grpc_client_that_vanished_loses_its_requests(
     asyncio.run(main())
 
 
-def test_a_grpc_client_that_is_only_silent_keeps_its_request(start: Start):
+def test_a_grpc_client_that_is_only_silent_keeps_its_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(patience, "PROBE_ANSWER_S", 3)  # it does answer, but may be starved
+
     async def main():
         async with start(admits=False) as rig, through(rig) as (_, stub):
             call = stub.Generate(pb.GenerateRequest(text="Hi"))
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
-            silence = asyncio.ensure_future(asyncio.sleep(4 * patience.PROBE_AFTER_S))
+            patience_s = patience.PROBE_AFTER_S + patience.PROBE_ANSWER_S
+            silence = asyncio.ensure_future(asyncio.sleep(1.5 * patience_s))
             await rig.fake.until(silence.done, stepping=False)
             assert rig.fake.aborted == []
             call.cancel()
@@ -185,7 +188,7 @@ def test_a_grpc_client_that_is_only_silent_keeps_its_request(start: Start):
 def test_a_connection_that_never_speaks_grpc_is_closed(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ):
-    monkeypatch.setattr(patience, "FIRST_WORD_S", 0.5)
+    monkeypatch.setattr(patience, "FIRST_WORD_S", 2.0)
     monkeypatch.setattr(patience, "PROBE_AFTER_S", 60)  # which would close it, too
 
     async def main():

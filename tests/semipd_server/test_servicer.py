@@ -384,7 +384,8 @@ def test_calls_beyond_the_limit_are_refused(start: Start):
             status = (await health.Check(health_pb2.HealthCheckRequest())).status
             assert status == health_pb2.HealthCheckResponse.SERVING, "a busy server is well"
             ended = rig.front_end.gate.calls.ended
-            assert ended["/semipd.v1.InferenceService/Generate", "RESOURCE_EXHAUSTED"] == 1
+            refused = "/semipd.v1.InferenceService/Generate", "RESOURCE_EXHAUSTED"
+            await rig.fake.until(lambda: ended[refused] == 1, stepping=False)
             for call in calls:
                 call.cancel()
 
@@ -427,7 +428,8 @@ def test_a_vanished_client_aborts_its_requests(start: Start):
 def test_a_deadline_ends_the_request_in_the_queue_and_while_running(start: Start, admitted: bool):
     async def main():
         async with start(admits=admitted) as rig:
-            call = rig.stub.Generate(request(), timeout=0.3)
+            await rig.stub.GetModelInfo(pb.GetModelInfoRequest())  # connects
+            call = rig.stub.Generate(request(), timeout=1.5)
             await rig.fake.until(lambda: len(rig.fake.running) == 1, stepping=False)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await read_all(call)

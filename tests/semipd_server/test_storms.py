@@ -66,11 +66,20 @@ def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "READ_S", 2.0)
 
 
+async def step(rig: Rig) -> None:
+    """One token for everyone; returns when the front end has it, or has given a call up."""
+    seen = rig.engine.observations
+    expected = seen.num_output_tokens + len(rig.fake.running)
+    rig.fake.step()
+    await rig.fake.until(
+        lambda: seen.num_output_tokens >= expected or bool(rig.fake.aborted), stepping=False
+    )
+
+
 async def say_much(rig: Rig) -> None:
     """Tokens to everyone, not all merged into one message, until a call is given up."""
     for _ in range(30):
-        rig.fake.step()
-        await asyncio.sleep(0.01)
+        await step(rig)
     await rig.fake.until(lambda: not rig.fake.running, stepping=False)
     assert rig.fake.aborted == [FinishReason.ABORT]
 
@@ -83,7 +92,12 @@ def test_a_grpc_client_that_never_reads_loses_its_request_and_delays_nobody(star
             stalled = rig.stub.Generate(pb.GenerateRequest(text="Hi", sampling=sampling))
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
             async with AsyncClient(rig.address) as other:
-                assert await while_serving(rig, other.complete("Hi", max_tokens=3))
+                answering = asyncio.ensure_future(other.complete("Hi", max_tokens=3))
+                await rig.fake.until(lambda: len(rig.fake.running) == 2, stepping=False)
+                for _ in range(3):
+                    await step(rig)
+                await rig.fake.until(answering.done, stepping=False)
+                assert answering.result()
             await say_much(rig)
             ended = rig.front_end.gate.calls.ended
             assert ended["/semipd.v1.InferenceService/Generate", "CANCELLED"] == 1

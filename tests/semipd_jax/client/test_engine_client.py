@@ -461,7 +461,7 @@ def test_a_message_that_is_none_ends_every_request(rig, caplog: pytest.LogCaptur
             ((client, _),) = r.fake.running
             r.fake.hub._socket.send_multipart([client.encode(), b"\xc1 no message"])
             with pytest.raises(UnavailableError, match="link to the coordinator failed"):
-                await asyncio.wait_for(r.read(events), 10)
+                await asyncio.wait_for(r.read(events), 60)
 
     asyncio.run(main())
     assert "the link to the coordinator failed" in caplog.text

@@ -172,7 +172,10 @@ def test_grammars_that_are_compiled_are_bounded_in_number(engine):
 
 TOKENIZER = byte_level_bpe()
 GRAMMARS = Grammars(TOKENIZER.to_str(), 400, (1,))
-WANTED = lambda: True  # noqa: E731
+
+
+def always_wanted() -> bool:
+    return True
 
 
 def constrained(regex: str) -> Request:
@@ -193,7 +196,7 @@ def state_of(compiled: Compiled):
 
 
 def wait_for(threads: GrammarThreads):
-    assert select.select([threads.fileno()], [], [], 20)[0]
+    assert select.select([threads.fileno()], [], [], 60)[0]
     [made] = threads.take()
     assert not select.select([threads.fileno()], [], [], 0)[0]
     return made
@@ -201,30 +204,30 @@ def wait_for(threads: GrammarThreads):
 
 def test_threads_compile_and_advance():
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("ab"), WANTED)
+    threads.compile("c", 1, constrained("ab"), always_wanted)
     compiled = wait_for(threads)
     assert isinstance(compiled, Compiled)
     request = state_of(compiled)
     threads.advance(request, TOKENIZER.token_to_id("a"))
-    [masked] = threads.take(wait_s=20.0)
+    [masked] = threads.take(wait_s=60.0)
     assert isinstance(masked, Masked)
     bits = np.unpackbits(np.frombuffer(masked.mask, np.uint8), bitorder="little")
     assert np.flatnonzero(bits).tolist() == [TOKENIZER.token_to_id("b")]
     threads.advance(request, TOKENIZER.token_to_id("b"))
-    assert threads.take(wait_s=20.0) == [Masked(request, None)]
+    assert threads.take(wait_s=60.0) == [Masked(request, None)]
 
 
 def test_threads_report_what_they_cannot_do():
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("("), WANTED)
+    threads.compile("c", 1, constrained("("), always_wanted)
     refused = wait_for(threads)
     assert refused.constraint is None
     assert refused.field == "structured_outputs.regex"
     assert "unclosed group" in refused.error
-    threads.compile("c", 1, constrained("ab"), WANTED)
+    threads.compile("c", 1, constrained("ab"), always_wanted)
     request = state_of(wait_for(threads))
     threads.advance(request, TOKENIZER.token_to_id("b"))
-    [masked] = threads.take(wait_s=20.0)
+    [masked] = threads.take(wait_s=60.0)
     assert masked.mask is None
     assert "form of the output" in masked.error
 
@@ -235,7 +238,7 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch):
 
     def slow_matcher(self, sampling):
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return matcher(self, sampling)
 
     monkeypatch.setattr(Grammars, "matcher", slow_matcher)
@@ -244,23 +247,23 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(monkeypatch):
     for handle in (1, 2, 3):
         is_wanted = functools.partial(wanted.__contains__, handle)
         threads.compile("c", handle, constrained("ab"), is_wanted)
-    assert begun.wait(20)
+    assert begun.wait(60)
     wanted -= {1, 2}  # the first is under way
     go_on.set()
     done = []
     while 3 not in done:
-        assert select.select([threads.fileno()], [], [], 20)[0]
+        assert select.select([threads.fileno()], [], [], 60)[0]
         done += [made.handle for made in threads.take()]
     assert done == [1, 3]
 
 
 def test_the_loop_does_not_wait_for_a_slow_mask():
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("ab"), WANTED)
+    threads.compile("c", 1, constrained("ab"), always_wanted)
     request = state_of(wait_for(threads))
     matcher, go_on = request.constraint.matcher, threading.Event()
     accept = matcher.accept
-    matcher.accept = lambda token_id: (go_on.wait(20), accept(token_id))
+    matcher.accept = lambda token_id: (go_on.wait(60), accept(token_id))
     threads.advance(request, TOKENIZER.token_to_id("a"))
     assert threads.take(wait_s=0.001) == []
     go_on.set()
@@ -269,9 +272,9 @@ def test_the_loop_does_not_wait_for_a_slow_mask():
 
 def test_the_loop_does_not_wait_for_a_slow_grammar(monkeypatch):
     go_on, matcher = threading.Event(), Grammars.matcher
-    monkeypatch.setattr(Grammars, "matcher", lambda *args: (go_on.wait(20), matcher(*args))[1])
+    monkeypatch.setattr(Grammars, "matcher", lambda *args: (go_on.wait(60), matcher(*args))[1])
     threads = GrammarThreads(GRAMMARS)
-    threads.compile("c", 1, constrained("ab"), WANTED)
+    threads.compile("c", 1, constrained("ab"), always_wanted)
     assert not go_on.is_set()
     assert threads.take() == []
     go_on.set()
@@ -287,8 +290,8 @@ def test_a_panic_is_an_error_of_one_request(monkeypatch):
 
     threads = GrammarThreads(GRAMMARS)
     monkeypatch.setattr(Grammars, "matcher", panic)
-    threads.compile("c", 1, constrained("ab"), WANTED)
+    threads.compile("c", 1, constrained("ab"), always_wanted)
     assert "index out of bounds" in wait_for(threads).error
     monkeypatch.undo()
-    threads.compile("c", 1, constrained("ab"), WANTED)
+    threads.compile("c", 1, constrained("ab"), always_wanted)
     assert wait_for(threads).constraint is not None

@@ -1,6 +1,7 @@
 """Workers at several shares: which processes there are, and what their deaths do."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -23,9 +24,10 @@ def failures() -> list[EngineError]:
 
 
 @pytest.fixture
-def launcher(failures) -> Iterator[Launcher]:
+def launcher(request, failures) -> Iterator[Launcher]:
+    timeouts = getattr(request, "param", {})
     launcher = Launcher(
-        config(shares=LADDER, step_s=2.0), modules=FAKES, on_failure=failures.append
+        config(shares=LADDER, **timeouts), modules=FAKES, on_failure=failures.append
     )
     launcher.start()
     yield launcher
@@ -48,6 +50,18 @@ def pids() -> dict[str, int]:
     return {name: process.pid for name, process in engine_processes().items() if "worker" in name}
 
 
+@contextmanager
+def without(launcher: Launcher, name: str) -> Iterator[None]:
+    """Kills a decode worker; inside, its replacements do not become ready."""
+    sleep = Path(launcher.run_dir) / "sleep-decode"
+    sleep.touch()
+    engine_processes()[name].kill()
+    yield
+    sleep.unlink()
+    wait_until(lambda: name in engine_processes())
+    engine_processes()[name].kill()  # it sleeps
+
+
 RUNGS = {"prefill worker 1.00", "decode worker 0.50", "decode worker 1.00"}
 
 
@@ -61,7 +75,7 @@ def test_every_rung_has_a_warm_worker_from_the_start(client):
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
-def test_a_share_beside_the_ladder_gets_a_worker_that_leaves_with_it(client):
+def test_a_share_beside_the_ladder_gets_a_worker_that_leaves_with_it(launcher, client):
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
     assert workers() == RUNGS | {"decode worker 0.70"}
@@ -70,8 +84,8 @@ def test_a_share_beside_the_ladder_gets_a_worker_that_leaves_with_it(client):
     wait_until(lambda: workers() == RUNGS)
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
-    engine_processes()["decode worker 0.70"].kill()
-    wait_until(lambda: client.shares().decode.warm == (0.5, 1.0))
+    with without(launcher, "decode worker 0.70"):
+        wait_until(lambda: client.shares().decode.warm == (0.5, 1.0))
     wait_until(lambda: client.shares().decode.warm == (0.5, 0.7, 1.0))
 
 
@@ -84,19 +98,19 @@ def test_a_share_whose_worker_cannot_start_is_given_up(launcher, client):
 
 
 def test_a_share_whose_worker_does_not_get_ready_in_time_is_given_up(launcher, client, monkeypatch):
-    monkeypatch.setattr(launcher, "_config", config(shares=LADDER, startup_s=1.0))
     (Path(launcher.run_dir) / "sleep-decode").touch()
     client.shares(decode=0.7)
     wait_until(lambda: "decode worker 0.70" in engine_processes())
+    monkeypatch.setattr(launcher, "_config", config(shares=LADDER, startup_s=1.0))
     wait_until(lambda: client.shares().decode.asked != 0.7)
     wait_until(lambda: workers() == RUNGS)
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
-def test_a_rung_that_dies_comes_back(client):
-    engine_processes()["decode worker 1.00"].kill()
-    wait_until(lambda: client.shares().decode.warm == (0.5,))
-    assert client.generate(1, max_tokens=20) == expected(1, 20)
+def test_a_rung_that_dies_comes_back(launcher, client):
+    with without(launcher, "decode worker 1.00"):
+        wait_until(lambda: client.shares().decode.warm == (0.5,))
+        assert client.generate(1, max_tokens=20) == expected(1, 20)
     wait_until(lambda: client.shares().decode.warm == (0.5, 1.0))
 
 
@@ -121,6 +135,7 @@ def evicted(monkeypatch) -> list[int]:
     return pids
 
 
+@pytest.mark.parametrize("launcher", [{"step_s": 4.0}], indirect=True, ids=["4 s"])
 def test_a_hung_worker_is_taken_off_the_device_before_it_is_killed(launcher, client, evicted):
     before = pids()
     (Path(launcher.run_dir) / "hang-decode").touch()
@@ -144,27 +159,32 @@ def test_a_retired_worker_that_does_not_leave_is_evicted(launcher, client, evict
     retired = engine_processes()["decode worker 0.70"].pid
     stay = Path(launcher.run_dir) / "stay-decode"
     stay.touch()
-    monkeypatch.setattr("semipd_jax.launch.launcher.LEAVE_S", 0.5)
-    client.shares(decode=0.5)
-    wait_until(lambda: workers() == RUNGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("semipd_jax.launch.launcher.LEAVE_S", 0.5)
+        client.shares(decode=0.5)
+        wait_until(lambda: workers() == RUNGS)
     assert evicted == [retired]
     assert client.generate(1, max_tokens=20) == expected(1, 20)
     stay.unlink()
 
 
-def test_all_workers_are_replaced_when_a_fault_of_one_is_a_fault_of_all(
-    launcher, client, monkeypatch
-):
-    """As of MPS clients: the fault of one leaves the others there, but useless."""
+@pytest.fixture
+def fate_is_shared(monkeypatch) -> None:
+    """As of MPS clients: the fault of one leaves the others there, but useless. Who stays may."""
     monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+    monkeypatch.setattr("semipd_jax.launch.launcher.LEAVE_S", 60.0)
+
+
+@pytest.mark.usefixtures("fate_is_shared")
+def test_all_workers_are_replaced_when_a_fault_of_one_is_a_fault_of_all(launcher, client):
     before = pids()
     (Path(launcher.run_dir) / "fail-decode").touch()
     assert client.generate(1, max_tokens=30) == expected(1, 30)
     wait_until(lambda: workers() == RUNGS and not set(pids().values()) & set(before.values()))
 
 
-def test_new_workers_wait_until_the_last_of_a_common_fault_has_left(launcher, client, monkeypatch):
-    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+@pytest.mark.usefixtures("fate_is_shared")
+def test_new_workers_wait_until_the_last_of_a_common_fault_has_left(launcher, client):
     stay = Path(launcher.run_dir) / "stay-prefill"
     stay.touch()
     left = engine_processes()["prefill worker 1.00"]
@@ -177,8 +197,8 @@ def test_new_workers_wait_until_the_last_of_a_common_fault_has_left(launcher, cl
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
-def test_new_workers_wait_for_retired_ones_too(launcher, client, monkeypatch):
-    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+@pytest.mark.usefixtures("fate_is_shared")
+def test_new_workers_wait_for_retired_ones_too(launcher, client):
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
     stay = Path(launcher.run_dir) / "stay-decode"
@@ -196,8 +216,8 @@ def test_new_workers_wait_for_retired_ones_too(launcher, client, monkeypatch):
     assert client.generate(1, max_tokens=20) == expected(1, 20)
 
 
-def test_a_share_that_is_given_up_while_workers_wait_gets_none(launcher, client, monkeypatch):
-    monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
+@pytest.mark.usefixtures("fate_is_shared")
+def test_a_share_that_is_given_up_while_workers_wait_gets_none(launcher, client):
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
     [extra] = [slot for slot in launcher._slots if slot.share == 0.7]

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from fake_cuda_driver import FakeDriver
 
+from semipd_jax.child import GRACE_S
 from semipd_jax.config import CacheConfig, EngineConfig, ModelConfig, Platform, SchedulerConfig
 from semipd_jax.errors import StartupError
 from semipd_jax.messages import ChildSpec, Failed, FromChild, MemoryLayout, Progress, Ready
@@ -101,7 +102,7 @@ class Owner(subprocess.Popen[bytes]):
 
     def end(self) -> tuple[int, str]:
         """Closes its standard input and waits. Returns status and standard error."""
-        _, stderr = self.communicate(timeout=20)
+        _, stderr = self.communicate(timeout=60)
         return self.returncode, (stderr or b"").decode()
 
     def proc(self, name: str) -> str:
@@ -261,10 +262,10 @@ def test_serves_any_number_of_processes_and_survives_their_death(
             with socket.socket(socket.AF_UNIX) as leaves_at_once:
                 leaves_at_once.connect(socket_path(run_dir))
         argv = [sys.executable, "-c", textwrap.dedent(worker), run_dir]
-        assert subprocess.run(argv, timeout=20, check=False).returncode == -signal.SIGKILL
+        assert subprocess.run(argv, timeout=60, check=False).returncode == -signal.SIGKILL
         regions = map_regions(run_dir, "cpu", 10.0)
         assert host_view(regions["state"], "tokens")[0, 0] == 0x01010101
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while owner.num_fds() > num_fds:  # the last connection may not be closed yet
             assert time.monotonic() < deadline
 
@@ -275,7 +276,7 @@ def test_mapping_outlives_a_killed_owner(config: EngineConfig, run_dir: str) -> 
         regions = map_regions(run_dir, "cpu", 10.0)
         before = host_view(regions["weights"], "embed_tokens").copy()
         owner.kill()
-        owner.wait(10)
+        owner.wait(60)
     assert np.array_equal(host_view(regions["weights"], "embed_tokens"), before)
     tokens = host_view(regions["state"], "tokens")
     tokens[...] = 7
@@ -303,9 +304,9 @@ def test_launcher_killed(config: EngineConfig, run_dir: str) -> None:
             pass
         killed_at = time.monotonic()
         process.kill()
-        process.wait(10)
-        assert select.select([owner], [], [], 10)[0]
-        assert time.monotonic() - killed_at < 2
+        process.wait(60)
+        assert select.select([owner], [], [], 60)[0]
+        assert time.monotonic() - killed_at < GRACE_S, "it did not leave by itself"
         os.close(owner)
     assert os.listdir(run_dir) == []
 
@@ -315,7 +316,7 @@ def test_stop_while_loading(tmp_path: Path, run_dir: str) -> None:
         assert owner.stdout
         owner.stdout.readline()
         owner.terminate()
-        rest, stderr = owner.communicate(timeout=20)
+        rest, stderr = owner.communicate(timeout=60)
         assert (owner.returncode, stderr) == (0, b"")
         assert b"Ready" not in rest
     assert os.listdir(run_dir) == []

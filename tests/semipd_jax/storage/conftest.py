@@ -27,7 +27,7 @@ def _answering(answer: Callable[[], None], times: int = 1) -> Iterator[None]:
     thread = threading.Thread(target=answer_all, daemon=True)
     thread.start()
     yield
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

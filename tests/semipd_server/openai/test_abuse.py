@@ -33,8 +33,18 @@ def connect(rig: Rig, **options: int) -> socket.socket:
 
 async def until_closed(client: socket.socket) -> bytes:
     loop, received = asyncio.get_running_loop(), b""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while piece := await loop.sock_recv(client, 1 << 16):
+            received += piece
+    return received
+
+
+async def until_received(client: socket.socket, end: bytes) -> bytes:
+    loop, received = asyncio.get_running_loop(), b""
+    async with asyncio.timeout(60):
+        while end not in received:
+            piece = await loop.sock_recv(client, 1 << 16)
+            assert piece, received
             received += piece
     return received
 
@@ -48,14 +58,14 @@ async def still_serves(rig: Rig) -> bool:
 def test_a_connection_without_a_request_is_closed(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ):
-    monkeypatch.setattr(patience, "FIRST_WORD_S", 0.2)
-
     async def main():
         async with start() as rig:
-            with connect(rig) as client:
-                client.send(sent)
-                with contextlib.suppress(ConnectionResetError):
-                    assert await until_closed(client) == b""
+            with monkeypatch.context() as patch:
+                patch.setattr(patience, "FIRST_WORD_S", 0.2)
+                with connect(rig) as client:
+                    client.send(sent)
+                    with contextlib.suppress(ConnectionResetError):
+                        assert await until_closed(client) == b""
             assert await still_serves(rig)
 
     asyncio.run(main())
@@ -65,17 +75,14 @@ def test_headers_that_never_end_close_the_connection_of_an_earlier_request(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ):
     """Each byte of them would put off the end of a connection that is merely kept alive."""
-    monkeypatch.setattr(patience, "FIRST_WORD_S", 0.5)
 
     async def main():
         async with start() as rig:
-            with connect(rig) as client:
-                loop = asyncio.get_running_loop()
+            with connect(rig) as client, monkeypatch.context() as patch:
                 for _ in range(2):  # such connections serve on while their client is quick
                     client.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
-                    answer = b""
-                    while not answer.endswith(b"}"):
-                        answer += await loop.sock_recv(client, 1 << 16)
+                    await until_received(client, b"}")
+                patch.setattr(patience, "FIRST_WORD_S", 0.5)
                 client.send(b"GET /version HTTP/1.1\r\n")
                 closed = asyncio.ensure_future(until_closed(client))
                 with contextlib.suppress(ConnectionResetError, BrokenPipeError):
@@ -90,11 +97,10 @@ def test_headers_that_never_end_close_the_connection_of_an_earlier_request(
 
 
 def test_a_body_that_never_ends_is_408(start: Start, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patience, "BODY_S", 0.2)
-
     async def main():
         async with start() as rig:
-            with connect(rig) as client:
+            with connect(rig) as client, monkeypatch.context() as patch:
+                patch.setattr(patience, "BODY_S", 0.2)
                 client.send(http_bytes("/v1/completions", {"prompt": "Hi"})[:-3])
                 answer = await asyncio.get_running_loop().sock_recv(client, 1 << 16)
                 assert answer.startswith(b"HTTP/1.1 408")
@@ -137,35 +143,28 @@ def test_a_queued_stream_is_kept_alive_by_comments(start: Start, monkeypatch: py
         async with start(admits=False) as rig:
             with connect(rig) as client:
                 client.send(http_bytes("/v1/completions", body))
-                loop, received = asyncio.get_running_loop(), b""
                 await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
-                while received.count(b": keep-alive\n\n") < 3:
-                    async with asyncio.timeout(10):
-                        received += await loop.sock_recv(client, 1 << 16)
+                received = b""
+                for _ in range(3):
+                    received += await until_received(client, b": keep-alive\n\n")
                 assert received.startswith(b"HTTP/1.1 200")
                 assert b"data:" not in received
-                ended = asyncio.ensure_future(_until_done(client))
+                ended = asyncio.ensure_future(until_received(client, b"[DONE]"))
                 await rig.fake.until(ended.done)
                 assert ended.result().count(b"data: {") >= 2
             async with openai_client(rig) as openai:
-                create = openai.completions.create(
-                    model="tiny", prompt=[5], max_tokens=40, stream=True
-                )
-                stream = await while_serving(rig, create)
-                text = asyncio.ensure_future(_texts(stream))
+                options: dict[str, Any] = {"model": "tiny", "prompt": [5], "max_tokens": 40}
+                whole = await while_serving(rig, openai.completions.create(**options))
+                create = openai.completions.create(**options, stream=True)
+                creating = asyncio.ensure_future(create)
+                await rig.fake.until(creating.done, stepping=False)  # a comment brings the headers
+                texts = asyncio.ensure_future(_texts(creating.result()))
+                rig.fake.step()
                 await asyncio.sleep(0.2)  # comments come between the tokens
-                await rig.fake.until(text.done)
-                assert len(text.result()) > 1
+                await rig.fake.until(texts.done)
+                assert "".join(texts.result()) == whole.choices[0].text
 
     asyncio.run(main())
-
-
-async def _until_done(client: socket.socket) -> bytes:
-    received = b""
-    async with asyncio.timeout(10):
-        while b"[DONE]" not in received:
-            received += await asyncio.get_running_loop().sock_recv(client, 1 << 16)
-    return received
 
 
 async def _texts(stream: Any) -> list[str]:

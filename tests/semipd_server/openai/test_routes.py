@@ -159,13 +159,13 @@ def test_draining_waits_for_running_requests(start: Start):
             create = client.completions.create(model="tiny", prompt=[5], max_tokens=9)
             running = asyncio.ensure_future(create)
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
-            draining = asyncio.ensure_future(rig.front_end.drain(10))
+            draining = asyncio.ensure_future(rig.front_end.drain(60))
             await asyncio.sleep(0)
             assert not draining.done()
             await rig.fake.until(running.done)
             answer = running.result()
             assert answer.usage is not None
             assert answer.usage.completion_tokens == 9
-            await asyncio.wait_for(draining, 5)
+            await asyncio.wait_for(draining, 60)
 
     asyncio.run(main())
