@@ -7,14 +7,14 @@ EngineError
 ├── OverloadedError         the waiting queue is full; the client may retry later
 ├── UnavailableError        the engine is starting, draining or stopped; nothing was generated
 ├── RequestFailedError      the engine gave up on a request that had started
-└── StartupError            the engine cannot start
-    └── CheckpointError     the model directory is unsupported, incomplete or unsafe
-ConfigError                 a flag or config value is wrong (raised before anything starts)
+├── StartupError            the engine cannot start
+│   └── CheckpointError     the model directory is unsupported, incomplete or unsafe
+└── ConfigError             a flag or config value is wrong; a ValueError, too
 """
 
 
 class EngineError(Exception):
-    """Base class of everything that can go wrong after the configuration was accepted."""
+    """Base class of everything that can go wrong."""
 
 
 class InvalidRequestError(EngineError):
@@ -53,5 +53,5 @@ class CheckpointError(StartupError):
     """The model directory is unsupported, incomplete, damaged or unsafe."""
 
 
-class ConfigError(ValueError):
+class ConfigError(EngineError, ValueError):
     """A configuration value is wrong: names the field, the value and what is allowed."""

@@ -92,7 +92,7 @@ def _serve(config: EngineConfig, settings: Settings) -> int:
         return 1  # the thread that failed has said why
     if launcher.error is not None:
         _log.error("%s", launcher.error)
-        return 1
+        return 2 if isinstance(launcher.error, ConfigError) else 1
     _log.info("stopped")
     return 0
 

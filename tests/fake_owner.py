@@ -1,20 +1,24 @@
-"""`python -m fake_owner`: a memory owner without a model. `seed` 13 stands for a bad checkpoint."""
+"""`python -m fake_owner`: a memory owner without a model, which some seeds keep from starting."""
 
 from pathlib import Path
 
 import numpy as np
 
 from semipd_jax.child import Child, run_child
-from semipd_jax.errors import CheckpointError
+from semipd_jax.errors import CheckpointError, ConfigError
 from semipd_jax.messages import MemoryLayout
 
+BAD_SEEDS = {
+    13: CheckpointError("model.safetensors is damaged"),
+    14: ConfigError("page_size is 7; allowed: 16"),
+}
 NUM_PAGES, PAGE_SIZE, MAX_MODEL_LEN = 64, 16, 128
 
 
 def main(child: Child) -> None:
     config = child.spec.config
-    if config.model.seed == 13:
-        raise CheckpointError("model.safetensors is damaged")
+    if (error := BAD_SEEDS.get(config.model.seed)) is not None:
+        raise error
     child.progress("load weights", 1, 1)
     num_rows = config.scheduler.max_num_seqs + 1
     directory = Path(child.spec.run_dir)

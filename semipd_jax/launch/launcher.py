@@ -7,12 +7,9 @@ be rebuilt, and an orderly end is better than half a service.
 """
 
 import contextlib
-import itertools
 import logging
-import math
 import queue
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -21,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from semipd_jax import errors
 from semipd_jax.config import LANES, EngineConfig, Lane
 from semipd_jax.errors import EngineError, StartupError, UnavailableError
 from semipd_jax.launch import device
 from semipd_jax.launch.device import Chosen
-from semipd_jax.launch.process import Events, Exited, Process
+from semipd_jax.launch.process import Events, Exited, Process, failure
+from semipd_jax.launch.workers import LEAVE_S, Workers, WorkerSlot
 from semipd_jax.messages import (
     Alive,
     ChildSpec,
@@ -38,25 +35,16 @@ from semipd_jax.messages import (
     Ready,
     RetireWorker,
     Serve,
-    ShareUnavailable,
     Stalled,
     StartWorker,
+    ToChild,
     WaitingFor,
-    WorkerLost,
 )
 from semipd_jax.shares import backend as shares
 from semipd_jax.tuner.setup import check_profile
 
-MAX_FAILED_STARTS: Final = 5
-"""Replacements of one worker that may fail in a row before they are ready. One that was killed from
-outside does not count: that says nothing about the worker."""
-
 COORDINATOR_SILENCE_S: Final = 30.0
 """A coordinator that says nothing for this long is hung. It gives a sign of life every second."""
-
-LEAVE_S: Final = 8.0
-"""A worker that was asked to stop finishes its steps in this time or is taken off the device. Less
-than a child's own grace period: one that ends with work on a GPU could harm others there."""
 
 _TICK_S: Final = 1.0
 _STOP_S: Final = 12.0  # a little more than a child's own grace period
@@ -79,35 +67,6 @@ class FrontEnd:
 
     module: str
     extra: dict[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(slots=True)
-class _WorkerSlot:
-    """One worker as the engine sees it; the process behind it may be replaced.
-
-    Attributes:
-      is_extra: it was asked for while the engine runs, and may be given up.
-      private_bytes: of the host's memory, what it held for itself when it was ready.
-      started_s: when the process was started; None if it is not expected to become ready.
-      down_since_s: when a worker that was ready died; None while one is ready, and at the start.
-      num_failed_starts: replacements in a row that ended themselves before they were ready. An
-        extra worker that is not ready in time counts too.
-    """
-
-    lane: Lane
-    share: float
-    is_extra: bool = False
-    process: Process | None = None
-    worker_id: str = ""
-    is_ready: bool = False
-    private_bytes: int | None = None
-    started_s: float | None = None
-    down_since_s: float | None = None
-    num_failed_starts: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.lane} worker {self.share:.2f}"
 
 
 class Launcher:
@@ -138,11 +97,13 @@ class Launcher:
         self._on_progress = on_progress
         self._events: Events = queue.SimpleQueue()
         self._processes: list[Process] = []
-        self._slots = [
-            _WorkerSlot(lane, share)
-            for lane in LANES[config.mode]
-            for share in config.shares.rungs(lane)
-        ]
+        self._workers = Workers(
+            config,
+            start=self._start_worker,
+            kill=self._kill,
+            tell=self._tell_coordinator,
+            is_fate_shared=lambda: shares.is_fate_shared(self._device.platform, self._share_terms),
+        )
         self._front_end: Process | None = None
         self._owner: Process | None = None
         self._coordinator: Process | None = None
@@ -150,14 +111,9 @@ class Launcher:
         self._last_words: dict[Process, Failed] = {}
         self._device = Chosen("cpu")
         self._share_terms: shares.Terms = {}
-        self._retired: list[Process] = []
-        self._leaving: dict[Process, float] = {}  # workers asked to stop → until when they may stay
-        self._in_the_way: set[Process] = set()  # to be gone before other workers start
-        self._due: list[_WorkerSlot] = []  # to be started then
         self._silent_s = 0.0  # the coordinator
         self._checked_s = time.monotonic()
         self._thread: threading.Thread | None = None
-        self._worker_numbers = itertools.count(1)
         self._layout: MemoryLayout | None = None
         self._started = threading.Event()
         self._stopping = False
@@ -268,9 +224,7 @@ class Launcher:
             self._handle(*event)
             self._tell_front_end()
         self._check_coordinator(has_heard_all=event is None)
-        self._check_outages()
-        self._check_starts()
-        self._check_leaving()
+        self._workers.check()
 
     def _handle(self, process: Process, message: FromChild | Exited) -> None:
         match message:
@@ -284,11 +238,11 @@ class Launcher:
             case Alive():
                 self._silent_s = 0.0
             case Stalled(worker_id=worker_id):
-                self._replace_stalled(worker_id)
+                self._workers.replace_stalled(worker_id)
             case StartWorker(lane=lane, share=share):
-                self._add_worker(lane, share)
+                self._workers.add(lane, share)
             case RetireWorker(worker_id=worker_id):
-                self._retire_worker(worker_id)
+                self._workers.retire(worker_id)
             case Exited(status=status):
                 self._exited(process, status)
 
@@ -304,36 +258,25 @@ class Launcher:
             spec = self._spec("coordinator")
             self._coordinator = self._spawn(self._modules.coordinator, spec)
             for lane in LANES[self._config.mode]:
-                self._start_next(lane)
+                self._workers.start_next(lane)
         elif process is self._coordinator:
             self._coordinator_ready = True
-        elif (slot := self._slot_of(process)) is not None:
-            slot.is_ready = True
-            slot.started_s = None
-            slot.private_bytes = message.private_bytes
-            slot.down_since_s = None
-            slot.num_failed_starts = 0
-            self._start_next(slot.lane)
+        elif (slot := self._workers.slot_of(process)) is not None:
+            self._workers.ready(slot, message.private_bytes)
         if not self._started.is_set() and not self._not_ready():
             assert self._layout is not None
             if self._front_end is not None:
                 self._front_end.send(Serve(layout=self._layout))
-            self._log_memory()
+            self._workers.log_memory()
+            self._workers.is_running = True
             self._started.set()
-
-    def _log_memory(self) -> None:
-        """What warm workers cost, idle ones included."""
-        held = {slot.name: slot.private_bytes for slot in self._slots if slot.private_bytes}
-        each = ", ".join(f"{name} {num_bytes >> 20} MiB" for name, num_bytes in held.items())
-        total = sum(held.values()) >> 20
-        _log.info("%d workers hold %d MiB of host memory: %s", len(held), total, each)
 
     def _not_ready(self) -> list[str]:
         waits = [
             ("front end", self._front_end_spec is None or self.address is not None),
             ("memory owner", self._layout is not None),
             ("coordinator", self._coordinator_ready),
-            *((slot.name, self._is_served(slot)) for slot in self._slots),
+            *((slot.name, self._workers.is_served(slot)) for slot in self._workers.slots),
         ]
         return [name for name, is_ready in waits if not is_ready]
 
@@ -348,84 +291,12 @@ class Launcher:
 
     def _exited(self, process: Process, status: int) -> None:
         self._processes.remove(process)
-        self._in_the_way.discard(process)
-        is_asked = self._leaving.pop(process, None) is not None
         words = self._last_words.pop(process, None)
         if self._stopping or (self._draining and process is self._front_end):
             return
-        slot = self._slot_of(process)
-        if process in self._retired:
-            self._retired.remove(process)
-        elif slot is None or not self._started.is_set():
-            self._end(_failure(process.name, status, words))
-        else:
-            self._replace(slot, status, words, is_asked=is_asked)
-        self._start_due()
-
-    # ------------------------------------------------------------ workers
-
-    def _start_worker(self, slot: _WorkerSlot) -> None:
-        self._progress.pop(slot.name, None)
-        slot.worker_id = f"{slot.lane}-{slot.share:.2f}-{next(self._worker_numbers)}"
-        slot.started_s = time.monotonic()
-        spec = self._spec(
-            slot.name,
-            lane=slot.lane,
-            share=slot.share,
-            extra={
-                "worker_id": slot.worker_id,
-                "is_extra": str(slot.is_extra),
-                **self._share_terms,
-            },
-        )
-        slot.process = self._spawn(self._modules.worker, spec)
-
-    def _replace(
-        self, slot: _WorkerSlot, status: int, words: Failed | None, *, is_asked: bool
-    ) -> None:
-        _log.warning("%s", _failure(slot.name, status, words))
-        assert self._coordinator is not None
-        self._coordinator.send(WorkerLost(worker_id=slot.worker_id, lane=slot.lane))
-        was_ready, slot.is_ready, slot.started_s = slot.is_ready, False, None
-        if was_ready:
-            slot.down_since_s = time.monotonic()
-            if not is_asked and status != -signal.SIGKILL:
-                self._clear_device(slot)
-        elif status >= 0 and not is_asked:
-            slot.num_failed_starts += 1
-        if slot.num_failed_starts and slot.is_extra:
-            self._slots.remove(slot)
-            self._coordinator.send(ShareUnavailable(lane=slot.lane, share=slot.share))
-        elif slot.num_failed_starts >= MAX_FAILED_STARTS:
-            name = f"the {MAX_FAILED_STARTS}th replacement in a row of the {slot.lane} worker"
-            self._end(_failure(name, status, words))
-        else:
-            self._due.append(slot)
-
-    def _start_due(self) -> None:
-        while self._due and not self._in_the_way and not self._stopping:
-            self._start_worker(self._due.pop(0))
-
-    def _clear_device(self, failed: _WorkerSlot) -> None:
-        """Where a fault of one worker is a fault of all, all leave before new ones can work."""
-        if shares.is_fate_shared(self._device.platform, self._share_terms):
-            for slot in self._slots:
-                if slot is not failed and slot.process in self._processes:
-                    _log.warning("%s shares the fate of %s", slot.name, failed.name)
-                    self._ask_to_leave(slot.process)
-            self._in_the_way.update(self._leaving)  # and those that were leaving anyway
-
-    def _ask_to_leave(self, process: Process) -> None:
-        self._leaving.setdefault(process, time.monotonic() + LEAVE_S)
-        process.ask_to_stop()
-
-    def _check_leaving(self) -> None:
-        """Takes workers off the device that were asked to leave and do not."""
-        for process, deadline_s in self._leaving.items():
-            if time.monotonic() > deadline_s:
-                _log.warning("%s does not leave and is killed", process.name)
-                self._kill(process)
-                self._leaving[process] = math.inf
+        if process in (self._front_end, self._owner, self._coordinator):
+            raise failure(process.name, status, words)
+        self._workers.exited(process, status, words)
 
     def _check_coordinator(self, *, has_heard_all: bool) -> None:
         """Ends the engine if the coordinator hangs. Time in which this process was stopped itself
@@ -436,75 +307,12 @@ class Launcher:
         if self._coordinator is None or not self._coordinator_ready:
             self._silent_s = 0.0
         elif has_heard_all and self._silent_s > COORDINATOR_SILENCE_S:
-            self._end(EngineError(f"the coordinator has been silent for {self._silent_s:.0f} s"))
             self._coordinator.kill()
+            raise EngineError(f"the coordinator has been silent for {self._silent_s:.0f} s")
 
-    def _check_outages(self) -> None:
-        """Ends the engine if a lane has been without a worker for longer than a start may take."""
-        limit_s = self._config.timeouts.startup_s
-        for slot in self._slots:
-            since = slot.down_since_s
-            if (
-                since is not None
-                and time.monotonic() - since > limit_s
-                and not self._is_served(slot)
-            ):
-                self._end(
-                    EngineError(
-                        f"no {slot.lane} worker became ready in {limit_s:.0f} s (startup_s)"
-                    )
-                )
-
-    def _check_starts(self) -> None:
-        """Kills replacements and extra workers that take longer to start than the engine may, which
-        `start` sees to itself."""
-        limit_s, now_s = self._config.timeouts.startup_s, time.monotonic()
-        for slot in self._slots if self._started.is_set() else ():
-            if slot.started_s is not None and now_s - slot.started_s > limit_s:
-                _log.warning("%s is not ready after %.0f s (startup_s)", slot.name, limit_s)
-                slot.started_s = None
-                slot.num_failed_starts += slot.is_extra
-                assert slot.process is not None
-                self._kill(slot.process)
-
-    def _replace_stalled(self, worker_id: str) -> None:
-        for slot in self._slots:
-            if slot.worker_id == worker_id and slot.process is not None:
-                _log.warning("%s holds a step for too long and is replaced", worker_id)
-                self._kill(slot.process)
-
-    def _is_served(self, slot: _WorkerSlot) -> bool:
-        """Whether the worker is ready or, once the engine runs, another one of its lane is."""
-        others = self._slots if self._started.is_set() else ()
-        return slot.is_ready or any(s.is_ready for s in others if s.lane == slot.lane)
-
-    def _start_next(self, lane: Lane) -> None:
-        """Starts the lane's next worker that was never started: one after another, so that what
-        one compiles is there for the next."""
-        waiting = [slot for slot in self._slots if slot.lane == lane and slot.process is None]
-        if waiting:
-            self._start_worker(waiting[-1])
-
-    def _add_worker(self, lane: Lane, share: float) -> None:
-        if not any((slot.lane, slot.share) == (lane, share) for slot in self._slots):
-            slot = _WorkerSlot(lane, share, is_extra=True)
-            self._slots.append(slot)
-            self._due.append(slot)
-            self._start_due()
-
-    def _retire_worker(self, worker_id: str) -> None:
-        for slot in self._slots:
-            if slot.worker_id == worker_id and slot.process is not None:
-                self._slots.remove(slot)
-                if slot in self._due:
-                    self._due.remove(slot)
-                else:
-                    self._retired.append(slot.process)
-                    self._ask_to_leave(slot.process)
-                return
-
-    def _slot_of(self, process: Process) -> _WorkerSlot | None:
-        return next((slot for slot in self._slots if slot.process is process), None)
+    def _tell_coordinator(self, message: ToChild) -> None:
+        assert self._coordinator is not None
+        self._coordinator.send(message)
 
     # ------------------------------------------------------------ beginnings and ends
 
@@ -526,6 +334,13 @@ class Launcher:
             share=share,
             extra=dict(extra or {}),
         )
+
+    def _start_worker(self, slot: WorkerSlot) -> Process:
+        self._progress.pop(slot.name, None)
+        own = {"worker_id": slot.worker_id, "is_extra": str(slot.is_extra)}
+        extra = {**own, **self._share_terms}
+        spec = self._spec(slot.name, lane=slot.lane, share=slot.share, extra=extra)
+        return self._spawn(self._modules.worker, spec)
 
     def _spawn(self, module: str, spec: ChildSpec) -> Process:
         process = Process(module, spec, self._events)
@@ -549,7 +364,7 @@ class Launcher:
         """The memory owner goes last: on some devices its memory goes with it."""
         self._stopping = True
         owner = [process for process in self._processes if process is self._owner]
-        workers = [p for p in self._processes if p in self._retired or self._slot_of(p)]
+        workers = [p for p in self._processes if p in self._workers.alive]
         others = [p for p in self._processes if p not in owner and p not in workers]
         for process in workers + others:
             process.ask_to_stop()
@@ -575,12 +390,3 @@ class Launcher:
         self.finished.set()
         if failed_while_serving and self.error is not None:
             self._on_failure(self.error)
-
-
-def _failure(name: str, status: int, words: Failed | None) -> EngineError:
-    """What to tell about a process that ended by itself."""
-    if words is not None:
-        kind = getattr(errors, words.kind, EngineError)
-        return kind(f"{name}: {words.message}")
-    how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-    return EngineError(f"{name} {how}")

@@ -13,7 +13,9 @@ from typing import Any, Final
 
 import msgspec
 
-from semipd_jax.messages import ChildSpec, FromChild, ToChild
+from semipd_jax import errors
+from semipd_jax.errors import EngineError
+from semipd_jax.messages import ChildSpec, Failed, FromChild, ToChild
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder[Any](FromChild)
@@ -100,3 +102,12 @@ class Process:
         status = self._popen.wait()
         self.ask_to_stop()
         self._events.put((self, Exited(status)))
+
+
+def failure(name: str, status: int, words: Failed | None) -> EngineError:
+    """What to tell about a process that ended by itself: of the kind that its last words name."""
+    if words is not None:
+        kind = getattr(errors, words.kind, EngineError)
+        return kind(f"{name}: {words.message}")
+    how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+    return EngineError(f"{name} {how}")

@@ -9,6 +9,7 @@ from fake_coordinator import layout
 from semipd_jax import options, serve
 from semipd_jax.config import EngineConfig
 from semipd_jax.demo import MODEL_DIR
+from semipd_jax.errors import ConfigError, EngineError, StartupError
 from semipd_jax.launch.launcher import Launcher
 from semipd_server import cli
 from semipd_server.settings import KEY_VARIABLE, Settings
@@ -167,3 +168,19 @@ def test_a_server_says_where_it_is(
     assert "demo is served at 127.0.0.1:1 after 1.5 s" in told
     assert "http://127.0.0.1:2/v1; live view: http://127.0.0.1:2/dashboard" in told
     assert logged == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ConfigError("page_size is 7"), 2), (StartupError("no room"), 1)]
+)
+def test_a_start_that_fails_has_the_status_of_its_reason(
+    error: EngineError, status: int, monkeypatch: pytest.MonkeyPatch
+):
+    class Failing(Launcher):
+        def start(self) -> Any:
+            self.error = error
+            raise error
+
+    monkeypatch.setattr(serve, "Launcher", Failing)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    assert serve._serve(options.build_config(str(MODEL_DIR)), Settings(port=0)) == status

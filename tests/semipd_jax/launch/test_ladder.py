@@ -101,7 +101,7 @@ def test_a_share_whose_worker_does_not_get_ready_in_time_is_given_up(launcher, c
     (Path(launcher.run_dir) / "sleep-decode").touch()
     client.shares(decode=0.7)
     wait_until(lambda: "decode worker 0.70" in engine_processes())
-    monkeypatch.setattr(launcher, "_config", config(shares=LADDER, startup_s=1.0))
+    monkeypatch.setattr(launcher._workers, "start_limit_s", 1.0)
     wait_until(lambda: client.shares().decode.asked != 0.7)
     wait_until(lambda: workers() == RUNGS)
     assert client.generate(1, max_tokens=20) == expected(1, 20)
@@ -115,7 +115,7 @@ def test_a_rung_that_dies_comes_back(launcher, client):
 
 
 def test_a_phase_runs_on_while_another_of_its_rungs_is_away_for_long(launcher, client, monkeypatch):
-    monkeypatch.setattr(launcher, "_config", config(shares=LADDER, startup_s=2.0))
+    monkeypatch.setattr(launcher._workers, "start_limit_s", 2.0)
     (Path(launcher.run_dir) / "sleep-decode").touch()
     engine_processes()["decode worker 1.00"].kill()
     assert not launcher.finished.wait(4.0)
@@ -160,7 +160,7 @@ def test_a_retired_worker_that_does_not_leave_is_evicted(launcher, client, evict
     stay = Path(launcher.run_dir) / "stay-decode"
     stay.touch()
     with monkeypatch.context() as patch:
-        patch.setattr("semipd_jax.launch.launcher.LEAVE_S", 0.5)
+        patch.setattr("semipd_jax.launch.workers.LEAVE_S", 0.5)
         client.shares(decode=0.5)
         wait_until(lambda: workers() == RUNGS)
     assert evicted == [retired]
@@ -172,7 +172,7 @@ def test_a_retired_worker_that_does_not_leave_is_evicted(launcher, client, evict
 def fate_is_shared(monkeypatch) -> None:
     """As of MPS clients: the fault of one leaves the others there, but useless. Who stays may."""
     monkeypatch.setattr(shares, "is_fate_shared", lambda platform, terms: True)
-    monkeypatch.setattr("semipd_jax.launch.launcher.LEAVE_S", 60.0)
+    monkeypatch.setattr("semipd_jax.launch.workers.LEAVE_S", 60.0)
 
 
 @pytest.mark.usefixtures("fate_is_shared")
@@ -220,7 +220,7 @@ def test_new_workers_wait_for_retired_ones_too(launcher, client):
 def test_a_share_that_is_given_up_while_workers_wait_gets_none(launcher, client):
     client.shares(decode=0.7)
     wait_until(lambda: 0.7 in client.shares().decode.warm)
-    [extra] = [slot for slot in launcher._slots if slot.share == 0.7]
+    [extra] = [slot for slot in launcher._workers.slots if slot.share == 0.7]
     stay = Path(launcher.run_dir) / "stay-prefill"
     stay.touch()
     (Path(launcher.run_dir) / "fail-decode").touch()

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from e2e_processes import engine_processes
+from fake_owner import BAD_SEEDS
 from launch_rig import FAKES, TESTS, Client, config, expected, wait_until
 from modelled_profile import save_profile
 
 from semipd_jax.config import EngineConfig, ModelConfig, ShareConfig, TunerConfig
-from semipd_jax.errors import CheckpointError, EngineError, StartupError, UnavailableError
-from semipd_jax.launch.launcher import MAX_FAILED_STARTS, Launcher
+from semipd_jax.errors import ConfigError, EngineError, StartupError, UnavailableError
+from semipd_jax.launch.launcher import Launcher
+from semipd_jax.launch.workers import MAX_FAILED_STARTS
 from semipd_jax.shares import backend as shares
 from semipd_jax.tuner.profile import Sizes
 
@@ -100,7 +102,7 @@ def test_a_worker_that_cannot_start_again_ends_the_engine(launcher, failures):
 
 
 def test_a_phase_without_a_worker_for_too_long_ends_the_engine(launcher, failures, monkeypatch):
-    monkeypatch.setattr(launcher, "_config", config(startup_s=3.0))
+    monkeypatch.setattr(launcher._workers, "start_limit_s", 3.0)
     (Path(launcher.run_dir) / "sleep-decode").touch()
     engine_processes()["decode worker 1.00"].kill()
     assert launcher.finished.wait(60)
@@ -125,11 +127,13 @@ def test_replacements_killed_from_outside_are_no_failed_starts(launcher, failure
     assert failures == []
 
 
-def test_the_reason_of_a_failed_start_is_raised():
-    bad = EngineConfig(model=ModelConfig(path="none", seed=13))
+@pytest.mark.parametrize("seed", BAD_SEEDS)
+def test_the_reason_of_a_failed_start_is_raised(seed):
+    bad = EngineConfig(model=ModelConfig(path="none", seed=seed))
     launcher = Launcher(bad, modules=FAKES)
-    with pytest.raises(CheckpointError, match=r"memory owner: model\.safetensors is damaged"):
+    with pytest.raises(type(BAD_SEEDS[seed]), match=f"memory owner: {BAD_SEEDS[seed]}"):
         launcher.start()
+    assert type(launcher.error) is type(BAD_SEEDS[seed])
     assert not engine_processes()
     assert not Path(launcher.run_dir).exists()
 
@@ -143,6 +147,13 @@ def test_a_profile_of_another_model_prevents_the_start(tmp_path):
     with pytest.raises(StartupError, match=r"the model 'demo' with 1,024\.0 MiB of weights"):
         launcher.start()
     assert not engine_processes()
+
+
+def test_a_profile_that_cannot_be_read_prevents_the_start_by_its_name(tmp_path):
+    absent = TunerConfig(profile=str(tmp_path / "absent.json"))
+    launcher = Launcher(EngineConfig(model=ModelConfig(path="none"), tuner=absent), modules=FAKES)
+    with pytest.raises(ConfigError, match=r"tuner_profile .*absent\.json' cannot be read"):
+        launcher.start()
 
 
 def test_a_start_that_takes_too_long_says_who_is_missing():
