@@ -27,6 +27,7 @@ from scheduler_cases import (
 )
 
 from semipd_jax.config import LANES
+from semipd_jax.coordinator.coordinator import DEPTH
 from semipd_jax.messages import DecodeStep, PrefillStep, ToWorker, parts
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request
@@ -46,8 +47,9 @@ class Serving(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "spf"]),
         caching=st.sampled_from([True, True, True, False]),
         mode=st.sampled_from(["semi-pd", "semi-pd", "colocated", "chunked"]),
+        drains_deep=st.booleans(),
     )
-    def start(self, num_pages, num_rows, budget, policy, caching, mode):
+    def start(self, num_pages, num_rows, budget, policy, caching, mode, drains_deep):
         self.scheduler, self.device = make_scheduler(
             num_pages=num_pages,
             num_rows=num_rows,
@@ -56,6 +58,7 @@ class Serving(RuleBasedStateMachine):
             ageing_tokens_per_s=2.0,
             enable_prefix_caching=caching,
         )
+        self.drains_deep = drains_deep
         self.queues = {lane: deque() for lane in LANES[mode]}
         self.vanished: set[int] = set()
         self.unmasked: list[RequestState] = []
@@ -110,31 +113,39 @@ class Serving(RuleBasedStateMachine):
         eagerness=st.sampled_from([0.5, 0.7, 0.9]),
         seed=st.integers(0, 2**16),
         drains=st.sampled_from([*[False] * 9, True]),
+        misfortune=st.sampled_from([0.0, 0.0, 0.1]),
     )
-    def serve(self, num_moves, eagerness, seed, drains):
-        """Steps are planned and answered in random order; the eager plan more than is answered."""
+    def serve(self, num_moves, eagerness, seed, drains, misfortune):
+        """Steps are planned and answered in random order; the eager plan more than is answered. The
+        unfortunate lose workers and requests all the time."""
         rng = random.Random(seed)
         for _ in range(num_moves):
             lane = rng.choice(list(self.queues))
-            if self.unmasked and rng.random() < 0.3:
+            if rng.random() < misfortune:
+                self._lose(lane, rng.randrange(3))
+            elif rng.random() < misfortune and (running := self._running()):
+                self._abort(*rng.choice(running))
+            elif self.unmasked and rng.random() < 0.3:
                 self._make_mask(rng.randrange(len(self.unmasked)))
             elif rng.random() > eagerness:
                 self._answer(lane)
-            elif len(self.queues[lane]) < 2:
+            elif len(self.queues[lane]) < DEPTH:
                 self._plan(lane)
             self.check()
         if drains:
             self.drain()
 
-    def _plan(self, lane):
+    def _plan(self, lane) -> bool:
         sent = next_step(self.scheduler, lane, now_s=0.0)
-        if sent is not None:
-            if sent.admitted:
-                self._check_room()
-            self._check_budget(sent.step)
-            self.queues[lane].append(sent.step)
-            pages = _named_pages(sent.step)
-            self.sent_with[sent.step.step_id] = {page: self.times_allocated[page] for page in pages}
+        if sent is None:
+            return False
+        if sent.admitted:
+            self._check_room()
+        self._check_budget(sent.step)
+        self.queues[lane].append(sent.step)
+        pages = _named_pages(sent.step)
+        self.sent_with[sent.step.step_id] = {page: self.times_allocated[page] for page in pages}
+        return True
 
     def _answer(self, lane):
         if self.queues[lane]:
@@ -154,7 +165,10 @@ class Serving(RuleBasedStateMachine):
     @rule(data=st.data(), ran=st.integers(0, 2))
     def lose_worker(self, data, ran):
         """Some of its steps had run, unanswered; all of them are planned again."""
-        queue = self.queues[data.draw(st.sampled_from(sorted(self.queues)))]
+        self._lose(data.draw(st.sampled_from(sorted(self.queues))), ran)
+
+    def _lose(self, lane, ran):
+        queue = self.queues[lane]
         for step in list(queue)[:ran]:
             self.device.run(step)
         steps = [step.step_id for step in queue]
@@ -170,10 +184,16 @@ class Serving(RuleBasedStateMachine):
             self.vanished |= {h for c, h in self._running() if c == client}
             self.scheduler.abort_client(client, now_s=0.0)
         else:
-            self.outcome.take(self.scheduler.abort(client, handle, FinishReason.ABORT, now_s=0.0))
+            self._abort(client, handle)
+
+    def _abort(self, client, handle):
+        self.outcome.take(self.scheduler.abort(client, handle, FinishReason.ABORT, now_s=0.0))
 
     def drain(self):
-        """Everything runs to its end, and nothing of it is left."""
+        """Everything runs to its end, one step at a time or as the coordinator does it, and nothing
+        of it is left."""
+        if self.drains_deep:
+            self._run_deep()
         for lane in self.queues:
             while self.queues[lane]:
                 self._answer(lane)
@@ -183,6 +203,21 @@ class Serving(RuleBasedStateMachine):
         assert set(self.outcome.endings) == set(self.requests) - self.vanished, "no answer"
         state = self.scheduler.state
         assert state.pages.num_available == state.limits.num_pages - 1
+
+    def _run_deep(self):
+        """Each lane has up to `DEPTH` steps in flight until there is nothing left to run."""
+        for _ in range(5000):
+            for lane, queue in self.queues.items():
+                while len(queue) < DEPTH and self._plan(lane):
+                    pass
+            if not any(self.queues.values()) and not self.unmasked:
+                return
+            self.check()
+            for lane in self.queues:
+                self._answer(lane)
+            while self.unmasked:
+                self._make_mask(0)
+        raise AssertionError("it runs for ever")
 
     @invariant()
     def holds(self):
