@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # models so small that threads would only wait for each other
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

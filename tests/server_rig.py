@@ -84,10 +84,10 @@ async def serving(
         control_socket=control_socket,
     )
     with FakeCoordinator(run_dir, **fields) as fake:
-        await engine.start()
-        address, url = await front_end.start()
-        await front_end.serve(Engine(engine, INFO))
         try:
+            await engine.start()
+            address, url = await front_end.start()
+            await front_end.serve(Engine(engine, INFO))
             async with (
                 grpc.aio.insecure_channel(address) as channel,
                 AsyncClient(address) as client,

@@ -54,7 +54,7 @@ def test_a_stream_that_is_left_ends_its_request(small):
 
 def test_after_stop_everything_says_so(compile_cache):
     engine = Engine(
-        str(MODEL_DIR), max_num_seqs=1, max_num_batched_tokens=64, compile_cache_dir=compile_cache
+        str(MODEL_DIR), max_num_seqs=4, max_num_batched_tokens=64, compile_cache_dir=compile_cache
     )
     stream = engine.stream(PROMPT, max_tokens=1500, ignore_eos=True)
     next(stream)
@@ -70,7 +70,7 @@ def test_a_program_that_ends_leaves_nothing(compile_cache, how):
     code = """
 import sys
 from semipd_jax import Engine
-small = {"max_num_seqs": 1, "max_num_batched_tokens": 64}
+small = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
 engine = Engine(sys.argv[1], compile_cache_dir=sys.argv[2], **small)
 stream = engine.stream([5, 6, 7], max_tokens=1500, ignore_eos=True)
 next(stream)

@@ -45,7 +45,10 @@ def test_greedy_tokens_in_a_mixed_batch_with_staggered_arrivals(compile_cache, r
 
     async def run() -> list[tuple[int, ...]]:
         async with AsyncEngine(
-            str(MODEL_DIR), max_num_batched_tokens=128, compile_cache_dir=compile_cache
+            str(MODEL_DIR),
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            compile_cache_dir=compile_cache,
         ) as engine:
 
             async def one(i: int, prompt: list[int], num_tokens: int) -> tuple[int, ...]:

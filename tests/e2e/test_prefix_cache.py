@@ -10,7 +10,7 @@ from hf_reference import Reference
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import Engine
 
-SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512}
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 

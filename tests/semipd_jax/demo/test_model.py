@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.models.registry import load_spec
 
+torch.set_num_threads(1)  # a model so small that threads would only wait for each other
+
 UNSEEN = '''\
 def count_words(path, encoding="utf-8"):
     """Return a dictionary that maps each word of a file to its number of occurrences."""

@@ -1,5 +1,6 @@
 import asyncio
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,20 @@ def run_dir(tmp_path: Path) -> str:
 
 def test_sending_while_a_message_arrives_does_not_lose_its_wakeup(run_dir: str):
     async def main():
-        hub = Hub(run_dir, "clients", ToCoordinator)
-        link = AsyncLink(run_dir, "clients", "me", FromCoordinator)
-        link.send(GetStats(0))
-        while not list(hub.receive()):
-            await asyncio.sleep(0.001)
-        for handle in range(20):
-            received = asyncio.ensure_future(link.receive())
-            await asyncio.sleep(0)
-            assert hub.send("me", Admitted(handle, 0, 0.0))
-            time.sleep(0.005)  # the loop is busy while the message arrives
-            link.send(GetStats(handle))
-            assert await asyncio.wait_for(received, timeout=60) == Admitted(handle, 0, 0.0)
-        link.close()
-        hub.close()
+        with (
+            closing(Hub(run_dir, "clients", ToCoordinator)) as hub,
+            closing(AsyncLink(run_dir, "clients", "me", FromCoordinator)) as link,
+        ):
+            link.send(GetStats(0))
+            while not list(hub.receive()):
+                await asyncio.sleep(0.001)
+            for handle in range(20):
+                received = asyncio.ensure_future(link.receive())
+                await asyncio.sleep(0)
+                assert hub.send("me", Admitted(handle, 0, 0.0))
+                time.sleep(0.005)  # the loop is busy while the message arrives
+                link.send(GetStats(handle))
+                assert await asyncio.wait_for(received, timeout=60) == Admitted(handle, 0, 0.0)
 
     asyncio.run(main())
 
@@ -43,7 +44,7 @@ def test_close_does_not_wait_for_a_coordinator_that_is_not_there(run_dir: str):
         link.close()
         return time.perf_counter() - started
 
-    assert asyncio.run(main()) < 0.3
+    assert asyncio.run(main()) < 0.9  # it lingers for 1 s
 
 
 def test_what_was_sent_before_close_arrives(run_dir: str):
@@ -51,12 +52,11 @@ def test_what_was_sent_before_close_arrives(run_dir: str):
         link = AsyncLink(run_dir, "clients", "me", FromCoordinator)
         link.send(GetStats(7))
         link.close()
-        hub = Hub(run_dir, "clients", ToCoordinator)
         received: list[object] = []
-        while not received:
-            received = list(hub.receive())
-            await asyncio.sleep(0.001)
+        with closing(Hub(run_dir, "clients", ToCoordinator)) as hub:
+            while not received:
+                received = list(hub.receive())
+                await asyncio.sleep(0.001)
         assert received == [("me", GetStats(7))]
-        hub.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,15 @@ def received(hub: Hub[Any, Any]) -> list[Any]:
 @pytest.mark.parametrize("sent", [["GetStats", "x"], ["Unknown", 1], {"tag": 1}, 5])
 def test_what_is_no_message_is_refused(tmp_path: Path, sent: Any):
     tmp_path.chmod(0o700)
-    hub = Hub[ToCoordinator, Any](str(tmp_path), CLIENTS, ToCoordinator)
-    link = Link[FromCoordinator, Any](str(tmp_path), CLIENTS, "me", FromCoordinator)
-    link.send(GetStats(1))
-    assert received(hub) == [("me", GetStats(1))]
-    link.send(sent)
-    with pytest.raises(msgspec.ValidationError):
-        received(hub)
-    hub.send("me", sent)
-    with pytest.raises(msgspec.ValidationError):
-        link.receive(60.0)
-    link.close()
-    hub.close()
+    with (
+        closing(Hub[ToCoordinator, Any](str(tmp_path), CLIENTS, ToCoordinator)) as hub,
+        closing(Link[FromCoordinator, Any](str(tmp_path), CLIENTS, "me", FromCoordinator)) as link,
+    ):
+        link.send(GetStats(1))
+        assert received(hub) == [("me", GetStats(1))]
+        link.send(sent)
+        with pytest.raises(msgspec.ValidationError):
+            received(hub)
+        hub.send("me", sent)
+        with pytest.raises(msgspec.ValidationError):
+            link.receive(60.0)
