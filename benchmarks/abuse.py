@@ -5,11 +5,16 @@ cancels, clients that never read or whose host vanishes, connections that say no
 bodies that are too long or no messages at all. The polite ones' gaps between tokens (p99) may at
 most double, and the front end may not grow. The real processes, with workers that pace the load.
 Exits with 1 otherwise.
+
+Who misbehaves is another process on this machine, but stands for another machine: so it only gets
+the CPU time that nobody else wants (SCHED_IDLE). How long the gaps are when it takes its full share
+of the server's own cores is measured, too, and told, without a bound.
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import socket
@@ -17,7 +22,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,9 +35,10 @@ from benchmarks.fake_engine import fake_engine
 from benchmarks.fake_worker import STEP_S
 from benchmarks.half_open import vanish
 from benchmarks.metrics import distribution_ms
-from benchmarks.processes import idle_stats
+from benchmarks.processes import idle_stats, stats_when
 from benchmarks.semipd import wait_until_ready
 from semipd_jax.launch.launcher import Launcher
+from semipd_jax.messages import Stats
 from semipd_jax.request import Delta
 from semipd_server.client import AsyncClient
 from semipd_server.pb import inference_pb2 as pb
@@ -44,6 +50,7 @@ _POLITE_TOKENS: Final = 200
 _STEP_TIME_S: Final = 0.02
 _ROWS: Final = 1100
 _STREAMS: Final = 1000
+_LONG: Final = 2000  # tokens: such a stream outlasts its measurement
 _SOCKETS: Final = 200
 _START_S: Final = 3.0
 _MOST_RATIO: Final = 2.0
@@ -53,10 +60,18 @@ _GROWTH_MIB: Final = 200.0
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one kind of abuse; "none" is the comparison."""
+    """Of one kind of abuse; "none" is the comparison.
+
+    Attributes:
+      itl_p99_ms: gaps of the polite.
+      ttft_ms: the longest of the polite.
+      shared_itl_p99_ms: gaps of the polite while who misbehaves takes the server's CPU time, too.
+    """
 
     kind: str
     itl_p99_ms: float
+    ttft_ms: float
+    shared_itl_p99_ms: float
     front_end_mib: float
 
 
@@ -73,7 +88,7 @@ class Abuse:
 
     async def thousand_streams(self) -> None:
         async with self._channel() as stub:
-            calls = [stub.Generate(_request(max_tokens=1000)) for _ in range(_STREAMS)]
+            calls = [stub.Generate(_request(max_tokens=_LONG)) for _ in range(_STREAMS)]
             await asyncio.gather(*(_read(call) for call in calls), return_exceptions=True)
 
     async def cancel_storm(self) -> None:
@@ -151,8 +166,10 @@ async def _read(call: Any) -> None:
         pass
 
 
-async def _polite(target: str) -> list[float]:
-    """Gaps between the messages of one well-behaved stream, in seconds."""
+async def _polite(target: str) -> tuple[float, list[float]]:
+    """Time to the first token of one well-behaved stream, and gaps between its messages, in
+    seconds."""
+    start_s, ttft_s = time.perf_counter(), float("nan")
     gaps: list[float] = []
     async with AsyncClient(target, retries=0) as client:
         events = client.generate([5, 6], max_tokens=_POLITE_TOKENS, ignore_eos=True)
@@ -161,10 +178,12 @@ async def _polite(target: str) -> list[float]:
             async for event in events:
                 now_s = time.perf_counter()
                 if isinstance(event, Delta):
-                    if last_s is not None:
+                    if last_s is None:
+                        ttft_s = now_s - start_s
+                    else:
                         gaps.append(now_s - last_s)
                     last_s = now_s
-    return gaps
+    return ttft_s, gaps
 
 
 async def _misbehave(kind: str, target: str, url: str) -> None:
@@ -174,12 +193,23 @@ async def _misbehave(kind: str, target: str, url: str) -> None:
         await act()
 
 
-async def _beside(kind: str, target: str, url: str) -> Result:
-    """The polite clients, while another process misbehaves."""
+async def _beside(
+    kind: str, launcher: Launcher, *, in_background: bool
+) -> tuple[float, list[float]]:
+    """The longest TTFT and all gaps of the polite clients, in seconds, while another process
+    misbehaves."""
+    target, url = launcher.address, launcher.http_address
+    assert target is not None
+    assert url is not None
     command = (sys.executable, "-m", "benchmarks.abuse", "--act", kind, target, url)
     other = await asyncio.create_subprocess_exec(*command)
+    if in_background:
+        os.sched_setscheduler(other.pid, os.SCHED_IDLE, os.sched_param(0))
     try:
         await asyncio.sleep(_START_S)
+        if kind == "thousand_streams":
+            wanted = functools.partial(_all_run, _STREAMS)
+            await asyncio.to_thread(stats_when, launcher.run_dir, wanted)
         streams = await asyncio.gather(*(_polite(target) for _ in range(_POLITE)))
         if other.returncode is not None:
             raise RuntimeError(f"{kind} ended with status {other.returncode}")
@@ -187,19 +217,31 @@ async def _beside(kind: str, target: str, url: str) -> Result:
         with contextlib.suppress(ProcessLookupError):
             other.kill()
         await other.wait()
-    gaps = distribution_ms(gap for stream in streams for gap in stream)
+    return max(ttft_s for ttft_s, _ in streams), [gap for _, gaps in streams for gap in gaps]
+
+
+def _all_run(count: int, stats: Stats) -> bool:
+    return stats.num_running >= count
+
+
+def _result(kind: str, launcher: Launcher) -> Result:
+    ttft_s, gaps_s = asyncio.run(_beside(kind, launcher, in_background=True))
+    idle_stats(launcher.run_dir)
+    _, shared_s = asyncio.run(_beside(kind, launcher, in_background=False))
+    idle_stats(launcher.run_dir)
+    gaps, shared = distribution_ms(gaps_s), distribution_ms(shared_s)
     assert gaps is not None
+    assert shared is not None
     mib = engine_processes()["front end"].memory_full_info().uss / 2**20
-    return Result(kind, gaps.p99, mib)
+    return Result(kind, gaps.p99, 1e3 * ttft_s, shared.p99, mib)
 
 
 def _measure(launcher: Launcher, kinds: Sequence[str]) -> tuple[list[Result], list[str]]:
     assert launcher.address is not None
-    assert launcher.http_address is not None
     wait_until_ready(launcher.address, timeout_s=60.0)
     results: list[Result] = []
     for kind in ("none", *kinds):
-        results.append(asyncio.run(_beside(kind, launcher.address, launcher.http_address)))
+        results.append(_result(kind, launcher))
         print(f"{results[-1]}", file=sys.stderr, flush=True)
     alone, *others = results
     most_ms = max(_MOST_RATIO * alone.itl_p99_ms, alone.itl_p99_ms + _NOTICEABLE_MS)
@@ -233,8 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ[STEP_S] = str(_STEP_TIME_S)  # workers inherit it
     with fake_engine(_ROWS, Settings(port=0, http_port=0)) as launcher:
         results, wrong = _measure(launcher, args.kinds or _KINDS)
-    rows = [(r.kind, r.itl_p99_ms, r.front_end_mib) for r in results]
-    common.print_table(("abuse", "polite ITL p99 ms", "front end MiB"), rows)
+    columns = ("abuse", "ITL p99 ms", "TTFT ms", "ITL p99 ms, shared CPU", "front end MiB")
+    common.print_table(columns, [astuple(r) for r in results])
     for problem in wrong:
         print(f"WRONG: {problem}")
     if args.json:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -54,8 +55,13 @@ def _title(pid: int) -> str:
 
 def idle_stats(run_dir: str) -> Stats:
     """The coordinator's, as soon as nothing runs, or after a while anyway."""
+    return stats_when(run_dir, lambda s: s.num_running == 0 and s.num_free_pages == s.num_pages)
+
+
+def stats_when(run_dir: str, condition: Callable[[Stats], bool]) -> Stats:
+    """The coordinator's, as soon as they are so, or after a while anyway."""
     link = Link[FromCoordinator, ToCoordinator](
-        run_dir, CLIENTS, f"idle-{time.monotonic_ns()}", FromCoordinator
+        run_dir, CLIENTS, f"stats-{time.monotonic_ns()}", FromCoordinator
     )
     deadline = time.monotonic() + _TIMEOUT_S
     try:
@@ -64,8 +70,7 @@ def idle_stats(run_dir: str) -> Stats:
             stats = link.receive(_TIMEOUT_S)
             if not isinstance(stats, Stats):
                 raise RuntimeError("the coordinator does not answer")
-            is_idle = stats.num_running == 0 and stats.num_free_pages == stats.num_pages
-            if is_idle or time.monotonic() > deadline:
+            if condition(stats) or time.monotonic() > deadline:
                 return stats
             time.sleep(0.1)
     finally:

@@ -287,7 +287,16 @@ def _end(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading
     engine.kill()
     loop.call_soon_threadsafe(loop.stop)
     thread.join(_CALL_TIMEOUT_S)
+    loop.run_until_complete(_cancel_all())
     loop.close()
+
+
+async def _cancel_all() -> None:
+    """Tasks that a forgotten engine left."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def collect(events: Sequence[Event]) -> Generation:

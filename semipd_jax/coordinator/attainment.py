@@ -24,22 +24,29 @@ class Attainment:
         self._recent: deque[tuple[float, FinishedRequest | None, bool]] = deque(maxlen=_MAX_RECENT)
 
     def add(self, ending: Ending, targets: SloTargets, now_s: float) -> FinishedRequest | None:
-        """Takes in a request's end; its times, unless its client left or it failed.
-
-        Of a request whose client left, nobody knows how it would have ended: it counts only if a
-        promise was broken by then.
-        """
+        """Takes in a request's end; its times, unless its client left or it failed."""
         if ending.error is not None:
             self.missed(now_s)
             return None
         times = finished_request(ending)
         target = targets.of(times.priority)
         if ending.reason is FinishReason.ABORT:
-            if not target.is_met(ttft_s=times.ttft_s, tpot_s=times.tpot_s):
-                self.missed(now_s)
+            self.left(times.ttft_s, target, now_s, tpot_s=times.tpot_s)
             return None
         self._take(now_s, times, is_met=self._judge(times, target))
         return times
+
+    def left(
+        self, ttft_s: float, target: SloTarget, now_s: float, *, tpot_s: float | None = None
+    ) -> None:
+        """A client left. Nobody knows how its request would have ended: it counts only if a promise
+        was broken by then.
+
+        Args:
+          ttft_s: to the first token, or to the end if there was none.
+        """
+        if not target.is_met(ttft_s=ttft_s, tpot_s=tpot_s):
+            self.missed(now_s)
 
     def missed(self, now_s: float) -> None:
         """A request failed, or was turned away because there was no room for it."""

@@ -8,6 +8,7 @@ again, unchanged, when its worker is lost: it writes the same tokens to the same
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -60,6 +61,14 @@ class Sender[Message](Protocol):
     def send(self, peer: str, message: Message) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request whose grammar is being compiled."""
+
+    arrival_s: float
+    priority: int
+
+
 class Coordinator:
     """Takes messages, returns nothing, sends what follows from them.
 
@@ -90,7 +99,7 @@ class Coordinator:
         self._step_timeout_s = step_timeout_s
         self._tell_launcher = tell_launcher
         self._grammars = grammars
-        self._compiling: dict[tuple[str, int], float] = {}  # request → arrival
+        self._compiling: dict[tuple[str, int], _Waiting] = {}
         self._clock = clock
         self._lost: set[str] = set()  # workers that were lost before they were known to be ready
         self._lanes: dict[Lane, LaneWorkers] = {lane: LaneWorkers(lane) for lane in shares.asked}
@@ -114,8 +123,10 @@ class Coordinator:
                 else:
                     self._compile(client, handle, request)
             case Abort(handle=handle, reason=reason):
-                if (arrival_s := self._compiling.pop((client, handle), None)) is not None:
-                    done = Done(handle, reason, Timings(queue_s=now - arrival_s), 0)
+                if (waiting := self._compiling.pop((client, handle), None)) is not None:
+                    waited_s, targets = now - waiting.arrival_s, self._shares.targets
+                    self._counts.attainment.left(waited_s, targets.of(waiting.priority), now)
+                    done = Done(handle, reason, Timings(queue_s=waited_s), 0)
                     self._to_client(client, Outputs(b"", b"", [], [done]))
                 self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
                 self._send_steps()  # a row and pages may have come free
@@ -227,7 +238,7 @@ class Coordinator:
             text = f"{most} grammars are being compiled already, the most allowed; try again"
             self._turn_away(client, handle, text)
         else:
-            self._compiling[client, handle] = self._clock()
+            self._compiling[client, handle] = _Waiting(self._clock(), request.priority)
             is_wanted = partial(self._compiling.__contains__, (client, handle))
             self._grammars.compile(client, handle, request, is_wanted)
 
@@ -238,13 +249,13 @@ class Coordinator:
 
     def _compiled(self, made: Compiled) -> None:
         client, handle = made.client, made.handle
-        arrival_s = self._compiling.pop((client, handle), None)
-        if arrival_s is None:
+        waiting = self._compiling.pop((client, handle), None)
+        if waiting is None:
             return  # nobody wants it any more
         if made.constraint is None:
             self._to_client(client, Refused(handle, made.error, made.field))
         else:
-            self._submit(client, handle, made.request, arrival_s, made.constraint)
+            self._submit(client, handle, made.request, waiting.arrival_s, made.constraint)
 
     def _apply(self, made: list[Compiled | Masked], result: Result) -> None:
         """Adds the endings that follow from masks to `result`. Masks first: a request that is

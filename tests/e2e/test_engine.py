@@ -92,5 +92,6 @@ if sys.argv[3] == "ctrl-c":
             program.send_signal(signal.SIGINT)
         _, errors = program.communicate(timeout=120)
         assert program.returncode == (0 if how == "forgotten" else -signal.SIGINT), errors
+    assert "Task was destroyed" not in errors
     assert not psutil.wait_procs(family, timeout=60)[1]
     assert not os.path.exists(run_dir)

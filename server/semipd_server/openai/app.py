@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from starlette.applications import Starlette
@@ -42,6 +42,8 @@ from semipd_server.openai.schema import (
 )
 from semipd_server.openai.structured import with_param
 from semipd_server.openai.tokens import TokenTexts
+
+_BYTES_PER_BRACKET: Final = 16  # at least, of the longest body
 
 type Handler = Callable[[Request], Awaitable[ASGIApp]]
 type Prepare[R] = Callable[[Engine, TokenTexts, R], Awaitable[Answer]]
@@ -178,7 +180,7 @@ class Routes:
                         raise ApiError(413, f"the body is too long; allowed: {limit} bytes")
         except TimeoutError as error:
             raise ApiError(408, f"the body took longer than {patience.BODY_S:.0f} s") from error
-        return parse(bytes(body), kind)
+        return parse(bytes(body), kind, max_brackets=self._max_body_bytes // _BYTES_PER_BRACKET)
 
     def _engine_for(self, model: str) -> Engine:
         engine = self._gate.engine

@@ -6,8 +6,9 @@ import socket
 from collections.abc import Iterator
 from typing import Any, Final
 
+import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from semipd_jax.errors import StartupError
@@ -16,6 +17,8 @@ from semipd_server.auth import Keys
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
 from semipd_server.openai.app import build_app
+from semipd_server.openai.errors import ApiError, bad_request
+from semipd_server.openai.reply import Reply
 from semipd_server.settings import Settings
 
 _KEEP_ALIVE_S: Final = 75
@@ -112,14 +115,19 @@ def _find_out_who_vanished(listener: socket.socket) -> None:
 
 class _Connection(H11Protocol):
     """Ends a connection whose client takes too long: to begin a request, to end its headers, or to
-    read what it is sent."""
+    read what it is sent. What uvicorn would refuse by itself gets an error in OpenAI's shape."""
 
     _due: asyncio.TimerHandle | None = None  # the next request
     _stalled: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.limit_concurrency is not None
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if self.limit_concurrency and len(self.connections) > 2 * self.limit_concurrency:
+        if len(self.connections) > 2 * self._max_connections:
             transport.abort()
         else:
             self._due = self.loop.call_later(patience.FIRST_WORD_S, transport.abort)
@@ -130,6 +138,8 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        is_full = len(self.connections) > self._max_connections
+        self.app = _refuse if is_full else self.config.loaded_app
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._due = _cancelled(self._due)
@@ -143,6 +153,24 @@ class _Connection(H11Protocol):
     def resume_writing(self) -> None:
         self._stalled = _cancelled(self._stalled)
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        error = bad_request(msg)
+        length = str(len(error.body)).encode()
+        headers = [*error.headers, (b"content-length", length), (b"connection", b"close")]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
+            for event in (
+                h11.Response(status_code=error.status, headers=headers),
+                h11.Data(data=error.body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """In the place of the app, while there are too many connections."""
+    await Reply(send).error(ApiError(503, "too many connections; try again"))
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:

@@ -12,7 +12,7 @@ from tiny_tokenizers import byte_level_bpe
 
 from semipd_jax.coordinator.structured import Compiled, GrammarThreads, Masked
 from semipd_jax.grammar.grammars import Grammars
-from semipd_jax.messages import Abort, GetStats, Refused, Stats
+from semipd_jax.messages import Abort, GetStats, Refused, SetSlo, Slo, Stats
 from semipd_jax.request import FinishReason, Request, SamplingParams, StructuredOutputs
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import Limits
@@ -145,6 +145,17 @@ def test_an_abort_while_the_grammar_is_compiled_is_answered_once(engine):
     assert tokens == {}
     assert done[1].reason is FinishReason.ABORT
     assert not engine.scheduler.state.requests
+
+
+def test_who_leaves_while_the_grammar_is_compiled_counts_once_the_promise_is_broken(engine):
+    engine.coordinator.from_client("c", SetSlo(7, Slo(ttft_ms=500.0)))
+    engine.grammars.late = {1, 2}
+    for handle, waited_s, num_missed in ((1, 0.4, 0), (2, 0.6, 1)):
+        engine.submit(handle, regex=FORM)
+        engine.now += waited_s
+        engine.coordinator.from_client("c", Abort(handle))
+        counts = stats_of(engine).slo
+        assert (counts.num_ended, counts.num_met) == (num_missed, 0)
 
 
 def test_the_grammars_of_a_client_that_vanished_are_not_wanted(engine):

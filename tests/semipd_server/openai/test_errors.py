@@ -13,6 +13,7 @@ from server_rig import MAX_MODEL_LEN, Start
 
 from semipd_jax.client import EngineClient
 from semipd_server.limits import MAX_CHOICES, MAX_PROMPTS
+from semipd_server.openai import schema
 
 PLAIN = {"model": "tiny", "prompt": "Hi"}
 
@@ -135,6 +136,26 @@ def test_a_body_beyond_the_bound_is_refused(start: Start):
             reply = await request(rig, "POST", "/v1/completions", content=body, headers=headers)
             assert reply.status_code == 413
             assert reply.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("opening", ["[", "{"])
+def test_a_body_of_millions_of_arrays_or_objects_is_refused_before_they_are_made(
+    start: Start, monkeypatch: pytest.MonkeyPatch, opening: str
+):
+    def decode(body: bytes) -> Any:
+        raise AssertionError("it was decoded")
+
+    async def main():
+        async with start() as rig:
+            body = f'{{"metadata": [{opening * 1_000_000}'.encode()
+            headers = {"content-type": "application/json"}
+            with monkeypatch.context() as patch:
+                patch.setattr(schema.msgspec.json, "decode", decode)
+                reply = await request(rig, "POST", "/v1/completions", content=body, headers=headers)
+            assert reply.status_code == 400
+            assert "opening brackets; allowed" in reply.json()["error"]["message"]
 
     asyncio.run(main())
 
