@@ -39,7 +39,7 @@ def test_pages_come_back_after_500_requests_with_random_aborts(compile_cache):
         async with AsyncEngine(
             str(MODEL_DIR),
             max_num_seqs=8,
-            max_num_batched_tokens=128,
+            max_num_batched_tokens=64,
             max_model_len=256,
             kv_cache_memory_bytes=POOL_BYTES,
             compile_cache_dir=compile_cache,

@@ -11,7 +11,7 @@ from semipd_jax.engine import AsyncEngine
 
 LIMITS = {
     "max_num_seqs": 8,
-    "max_num_batched_tokens": 128,
+    "max_num_batched_tokens": 64,
     "max_model_len": 256,
     "kv_cache_memory_bytes": 2 << 20,  # room for about 500 tokens: requests are preempted
 }

@@ -71,7 +71,7 @@ def test_greedy_tokens_in_a_mixed_batch_with_staggered_arrivals(compile_cache, r
 @pytest.mark.parametrize("name", CASES)
 def test_every_family(name: str, tmp_path: Path, compile_cache: str):
     family, overrides = CASES[name]
-    directory = write_checkpoint(tmp_path / "model", family, **overrides)
+    directory = write_checkpoint(tmp_path / "model", family, num_hidden_layers=2, **overrides)
     reference = Reference(directory)
     rng = random.Random(2)
     prompts = [[rng.randrange(256) for _ in range(n)] for n in (1, 16, 33, 75)]

@@ -12,7 +12,7 @@ from semipd_jax.tuner.profile import from_json
 def test_a_device_is_measured_for_longer_than_a_coordinator_may_be_silent(
     compile_cache, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 2.0)
+    monkeypatch.setattr("semipd_jax.launch.launcher.COORDINATOR_SILENCE_S", 5.0)
     output = tmp_path / "profile.json"
     flags = f"--max-num-seqs 8 --max-num-batched-tokens 64 --share-ladder 0.5 --output {output}"
     cache = ["--compile-cache-dir", compile_cache]

@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import psutil
@@ -17,16 +19,26 @@ from semipd_jax.request import Delta, Finished, FinishReason
 from semipd_server.client import Client
 
 
-@pytest.fixture
-def server(tmp_path, compile_cache) -> Iterator[Server]:
+@contextmanager
+def started(log: Path, compile_cache: str) -> Iterator[tuple[Server, str]]:
+    """A server and its address."""
     flags = ("--compile-cache-dir", compile_cache, "--shutdown-timeout", "120")
-    with serving(tmp_path / "log", *flags) as server:
-        yield server
+    with serving(log, *flags) as server:
+        yield server, server.wait_for(r"is served at (\S+) after")[1]
 
 
 @pytest.fixture
-def running(server: Server) -> tuple[Server, str]:
-    return server, server.wait_for(r"is served at (\S+) after")[1]
+def running(tmp_path, compile_cache) -> Iterator[tuple[Server, str]]:
+    """For a test that ends it."""
+    with started(tmp_path / "log", compile_cache) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory, compile_cache) -> Iterator[str]:
+    """The address of a server for all tests that leave it as it is."""
+    with started(tmp_path_factory.mktemp("serve") / "log", compile_cache) as (_, target):
+        yield target
 
 
 def health(target: str) -> health_pb2.HealthCheckResponse.ServingStatus:
@@ -107,16 +119,14 @@ def test_death_of_a_process_that_cannot_be_replaced_ends_the_server(running, nam
     assert not psutil.wait_procs(list(family.values()), timeout=60)[1]
 
 
-def test_a_port_in_use_is_refused_with_the_reason(tmp_path, running):
-    _, target = running
-    second = Server(tmp_path / "second", f"--port={target.rsplit(':', 1)[1]}")
-    assert second.process.wait(120) == 1
-    assert "in use" in second.log.lower()
+def test_a_port_in_use_is_refused_with_the_reason(tmp_path, lasting):
+    with serving(tmp_path / "second", f"--port={lasting.rsplit(':', 1)[1]}") as second:
+        assert second.process.wait(120) == 1
+        assert "in use" in second.log.lower()
 
 
-def test_text_of_a_stream_is_the_text_of_its_tokens(running):
-    _, target = running
-    with Client(target) as client:
+def test_text_of_a_stream_is_the_text_of_its_tokens(lasting):
+    with Client(lasting) as client:
         for prompt in ("def f(x):\n    return ", "# Grüße, 世界 🌍\n"):
             deltas = [
                 e

@@ -150,7 +150,7 @@ def test_a_profile_of_another_model_prevents_the_start(tmp_path):
 
 
 def test_a_profile_that_cannot_be_read_prevents_the_start_by_its_name(tmp_path):
-    absent = TunerConfig(profile=str(tmp_path / "absent.json"))
+    absent = TunerConfig(policy="static", profile=str(tmp_path / "absent.json"))
     launcher = Launcher(EngineConfig(model=ModelConfig(path="none"), tuner=absent), modules=FAKES)
     with pytest.raises(ConfigError, match=r"tuner_profile .*absent\.json' cannot be read"):
         launcher.start()

@@ -37,7 +37,7 @@ def start(directory: Path) -> subprocess.Popen[str]:
 
 
 def result(process: subprocess.Popen[str]) -> list[str]:
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 0
     return out.split()
 

@@ -158,7 +158,7 @@ def test_two_processes_write_their_own_pages_of_one_pool(run_dir: str, serving: 
                 assert writer.stdout.readline() == "ready\n"
         for writer in writers:
             tell(writer, "go")
-        assert [writer.wait(60) for writer in writers] == [0, 0]
+        assert [writer.wait(240) for writer in writers] == [0, 0]
     for name in NAMES:
         with memory.writing(name) as out:
             assert np.array_equal(out, expected)
@@ -207,7 +207,7 @@ def test_private_memory_does_not_grow_with_the_weights(run_dir: str, serving: Se
         out[...] = 1
     del out
     with serving(run_dir, memory), start(READER, run_dir) as reader:
-        total, private_mib, shared_mib = map(float, reader.communicate(timeout=60)[0].split())
+        total, private_mib, shared_mib = map(float, reader.communicate(timeout=240)[0].split())
     assert total == 8192 * 8192
     assert shared_mib == 256
     assert private_mib < 16

@@ -41,7 +41,7 @@ from semipd_jax.storage.manifest import STATE, WEIGHTS, lay_out
 from semipd_jax.storage.server import MemoryServer
 from semipd_jax.transport.channels import WORKERS, Hub, Poller
 
-TIMEOUT_S = 60
+TIMEOUT_S = 240
 SPEC, _, PARAMS = tiny_model()
 LAYOUT = tiny_layout(SPEC, num_rows=5)
 
