@@ -209,7 +209,8 @@ def _until_closed(client: socket.socket) -> bool:
 
 
 def test_grpc_connections_have_a_bound(start: Start, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patience, "PROBE_AFTER_S", 60)
+    monkeypatch.setattr(patience, "PROBE_AFTER_S", 600)  # these would close them, too
+    monkeypatch.setattr(patience, "FIRST_WORD_S", 600.0)
 
     async def main():
         async with start(max_calls=3) as rig:
