@@ -1,9 +1,8 @@
 """`python -m semipd_jax.coordinator`: a child process of the launcher."""
 
-import gc
 from typing import Final
 
-from semipd_jax.child import Child, run_child
+from semipd_jax.child import Child, freeze_heap, run_child
 from semipd_jax.coordinator.coordinator import Coordinator
 from semipd_jax.coordinator.setup import build_coordinator, make_grammars
 from semipd_jax.errors import StartupError
@@ -35,8 +34,7 @@ def main(child: Child) -> None:
         poller.add(source)
     if grammars is not None:
         poller.add(grammars.fileno())
-    gc.collect()
-    gc.freeze()  # what start-up made lives on: looking through it again takes tens of ms
+    freeze_heap()
     child.ready()
     while not child.stopping.is_set():
         poller.wait(_TICK_S)

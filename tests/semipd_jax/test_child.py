@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from semipd_jax.child import freeze_heap
 from semipd_jax.config import EngineConfig, ModelConfig
 from semipd_jax.messages import (
     ChildSpec,
@@ -300,3 +302,14 @@ def test_reports_after_the_launcher_is_gone_are_dropped() -> None:
         assert process.popen.wait(60) == 0
         assert process.popen.stderr
         assert process.popen.stderr.read() == b""
+
+
+def test_what_start_up_made_is_not_collected_again():
+    thresholds = gc.get_threshold()
+    try:
+        freeze_heap()
+        assert gc.get_freeze_count() > 10_000
+        assert gc.get_threshold()[2] > thresholds[2]
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
