@@ -56,8 +56,8 @@ class Turns:
     def over(self, waiter: Waiter) -> None:
         """The waiter's turn has ended, or is not wanted any more."""
         self._waiting.discard(waiter)
-        if self._begun_s.pop(waiter, None) is not None:
-            self._begin_next()
+        self._begun_s.pop(waiter, None)
+        self._begin_next()
 
     def _begin(self, waiter: Waiter) -> None:
         self._begun_s[waiter] = asyncio.get_running_loop().time()
@@ -69,6 +69,8 @@ class Turns:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
                 self._begin(waiter)
+        if not self._waiting:
+            self._line = _Line()  # those in it have left
 
     def _watch(self) -> None:
         if self._timer is None:

@@ -1,4 +1,5 @@
 import asyncio
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,6 +47,21 @@ def test_a_second_connection_or_host_brings_its_holder_no_more_turns():
     greedy = [("greedy", host, str(i)) for i in range(20) for host in ("a", "b")]
     order = served([*greedy, *[("modest", "c", "0")] * 3])
     assert [i for i, caller in enumerate(order) if caller[0] == "modest"] == [1, 3, 5]
+
+
+def test_those_who_leave_the_line_are_forgotten():
+    async def main() -> None:
+        turns = Turns()
+        for _ in range(MAX_TURNS):
+            turns.ask(Named((), lambda _: None))
+        leaver = Named(("key",), lambda _: None)
+        left = weakref.ref(leaver)
+        turns.ask(leaver)
+        turns.over(leaver)
+        del leaver
+        assert left() is None
+
+    asyncio.run(main())
 
 
 @given(st.lists(st.tuples(*(st.sampled_from("ab"),) * 3), max_size=40))
