@@ -39,7 +39,7 @@ def main(child: Child) -> None:
     child.ready()
     while not child.stopping.is_set():
         step = link.receive(0.1)
-        if (directory / f"hang-{spec.lane}").exists():
+        if step is not None and (directory / f"hang-{spec.lane}").exists():
             (directory / f"hang-{spec.lane}").unlink()
             time.sleep(3600)
         if (directory / f"fail-{spec.lane}").exists():
