@@ -4,10 +4,8 @@ Steps run on the device in the order of dispatch, because each takes the state t
 it returns. Nothing is compiled here, and no eager jax operation runs: host work is NumPy.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Final
@@ -172,17 +170,14 @@ def _compile_all(
     wanted: list[_Program],
     on_progress: Callable[[int], None],
 ) -> dict[_Program, jax.stages.Compiled]:
-    """Compiles every program, on as many threads as this process has cores."""
+    """Compiles every program, one after another: two threads that load programs from the compile
+    cache at once crash jax 0.11.2 (in `tuple(devices)`, with signal 11). The workers of both phases
+    compile side by side."""
     on_progress(0)
     programs: dict[_Program, jax.stages.Compiled] = {}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile") as pool:
-        pending = {pool.submit(compile_one, program): program for program in wanted}
-        try:
-            for future in as_completed(pending):
-                programs[pending[future]] = future.result()
-                on_progress(len(programs))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    for program in wanted:
+        programs[program] = compile_one(program)
+        on_progress(len(programs))
     return programs
 
 
