@@ -1,11 +1,15 @@
 """Who calls, so that the streams of one caller do not make another one's wait: see `CALLER`."""
 
+from urllib.parse import unquote
+
 from semipd_jax.client.turns import CALLER
 
 
 def set_grpc_caller(holder: str, peer: str) -> None:
-    """`peer` is what gRPC calls the other end, such as "ipv4:10.0.0.7:51234"."""
-    CALLER.set((holder, peer.rpartition(":")[0], peer))
+    """`peer` is what gRPC calls the other end: "ipv4:10.0.0.7:51234", "ipv6:%5B::1%5D:51234"."""
+    _scheme, _, address = unquote(peer).partition(":")
+    host, _, port = address.rpartition(":")
+    CALLER.set((holder, host.strip("[]"), port))
 
 
 def set_http_caller(holder: str, client: tuple[str, int] | None) -> None:

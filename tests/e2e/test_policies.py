@@ -32,6 +32,7 @@ def test_policies_change_no_token_and_can_be_changed(compile_cache, tmp_path):
             str(MODEL_DIR), max_num_seqs=8, max_num_batched_tokens=64, share_ladder=(0.5,),
             enable_prefix_caching=False, compile_cache_dir=compile_cache,
             slo_ttft_ms=1000, slo_tpot_ms=20, tuner_profile=save_profile(tmp_path / "p.json"),
+            policy="static",
         ) as engine:  # fmt: skip
             static = await all_tokens(engine)
             assert (await engine.partition()).policy == "static"

@@ -1,10 +1,14 @@
 """Requests of different clients can be told apart, so that turns can be shared between them."""
 
 import asyncio
+from contextvars import copy_context
 
+import pytest
 from openai_rig import openai_client
 from server_rig import Rig, Start
 
+from semipd_jax.client.turns import CALLER
+from semipd_server.callers import set_grpc_caller, set_http_caller
 from semipd_server.client import AsyncClient
 from semipd_server.settings import Settings
 
@@ -28,9 +32,7 @@ def test_callers_are_told_apart_by_key_host_and_connection(start: Start):
         async with start(settings=Settings(port=0, http_port=0, api_keys=KEYS)) as rig:
             for number, key in enumerate(KEYS):
                 first, second = await callers_of_both_protocols(rig, key)
-                assert first[0] == second[0] == str(number)
-                assert "127.0.0.1" in first[1]
-                assert "127.0.0.1" in second[1]
+                assert first[:2] == second[:2] == (str(number), "127.0.0.1")
                 assert first[2] != second[2]
 
     asyncio.run(main())
@@ -39,7 +41,29 @@ def test_callers_are_told_apart_by_key_host_and_connection(start: Start):
 def test_without_keys_what_a_client_says_to_be_its_key_makes_no_difference(start: Start):
     async def main():
         async with start() as rig:
-            first, second = [(await callers_of_both_protocols(rig, key))[0] for key in KEYS]
-            assert first[:2] == second[:2]
+            callers = [c for key in KEYS for c in await callers_of_both_protocols(rig, key)]
+            assert {caller[:2] for caller in callers} == {("", "127.0.0.1")}
+            assert len({caller[2] for caller in callers}) == 4
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("peer", "host", "connection"),
+    [
+        ("ipv4:10.0.0.7:51234", "10.0.0.7", "51234"),
+        ("ipv6:%5B2001:db8::1%5D:51234", "2001:db8::1", "51234"),
+        ("ipv6:[::1]:51234", "::1", "51234"),
+        ("unix:", "", ""),
+    ],
+)
+def test_a_host_has_one_name_over_grpc_and_http(peer: str, host: str, connection: str):
+    def callers() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        set_grpc_caller("a", peer)
+        over_grpc = CALLER.get()
+        set_http_caller("a", (host, 51234))
+        return over_grpc, CALLER.get()
+
+    over_grpc, over_http = copy_context().run(callers)
+    assert over_grpc == ("a", host, connection)
+    assert over_http == ("a", host, "51234")
