@@ -1,6 +1,9 @@
-"""A latency profile of no machine in particular."""
+"""Latency models and a profile of no machine in particular."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 
@@ -15,6 +18,25 @@ def coefficients(phase: Phase, **seconds: float) -> np.ndarray:
     values = dict.fromkeys(FEATURES[phase], 0.0)
     assert seconds.keys() <= values.keys()
     return np.array(list((values | seconds).values()))
+
+
+TRUTH: Final[Mapping[Phase, np.ndarray]] = MappingProxyType(
+    {
+        "prefill": coefficients(
+            "prefill", fixed=1e-3, weights=5e-3, tokens=25e-3, pairs=2e-3, contention=4e-3
+        ),
+        "decode": coefficients(
+            "decode",
+            fixed=0.5e-3,
+            weights=6e-3,
+            context=8e-3,
+            rows=1e-3,
+            weights_contention=1e-3,
+            context_contention=2e-3,
+        ),
+    }
+)
+"""Coefficients of what a test takes for the device."""
 
 
 def save_profile(path: Path, sizes: Sizes | None = None) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from modelled_profile import coefficients
+from modelled_profile import TRUTH
 
 from semipd_jax.config import PHASES
 from semipd_jax.coordinator.profiling import Bench
@@ -75,25 +75,8 @@ class VirtualWorkers:
 
 
 def true_model() -> LatencyModel:
-    return LatencyModel(
-        {
-            "prefill": coefficients(
-                "prefill", fixed=1e-3, weights=5e-3, tokens=25e-3, pairs=2e-3, contention=4e-3
-            ),
-            "decode": coefficients(
-                "decode",
-                fixed=0.5e-3,
-                weights=6e-3,
-                context=8e-3,
-                rows=1e-3,
-                weights_contention=1e-3,
-                context_contention=2e-3,
-            ),
-        },
-        0.3,
-        {"prefill": 0.2, "decode": 0.5},
-        padded_sizes(layout(), CONFIG.scheduler),
-    )
+    padding = padded_sizes(layout(), CONFIG.scheduler)
+    return LatencyModel(TRUTH, 0.3, {"prefill": 0.2, "decode": 0.5}, padding)
 
 
 @pytest.mark.parametrize("prefill_ladder", [LADDER, (1.0,)])

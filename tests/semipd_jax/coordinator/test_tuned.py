@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from coordinator_rig import Engine, expected
-from modelled_profile import coefficients
+from modelled_profile import TRUTH
 
 from semipd_jax.config import ShareConfig, SharePolicy
 from semipd_jax.coordinator.coordinator import Coordinator
@@ -274,24 +274,7 @@ def test_promises_are_replaced(engine):
 
 
 def test_the_predictive_policy_learns_and_its_error_is_known():
-    model = LatencyModel(
-        {
-            "prefill": coefficients(
-                "prefill", fixed=1e-3, weights=5e-3, tokens=25e-3, pairs=2e-3, contention=4e-3
-            ),
-            "decode": coefficients(
-                "decode",
-                fixed=0.5e-3,
-                weights=6e-3,
-                context=8e-3,
-                rows=1e-3,
-                weights_contention=1e-3,
-                context_contention=2e-3,
-            ),
-        },
-        1 / 3,
-        {"prefill": 0.0, "decode": 0.0},
-    )
+    model = LatencyModel(TRUTH, 1 / 3, {"prefill": 0.0, "decode": 0.0})
     engine = TunedEngine(
         lambda policy, targets, start: make_tuner(
             policy, ladders=Ladders(LADDER, LADDER), targets=targets, model=model, start=start

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modelled_profile import coefficients
+from modelled_profile import TRUTH
 
 from semipd_jax.config import POLICIES
 from semipd_jax.errors import ConfigError
@@ -19,31 +19,15 @@ from semipd_jax.tuner.work import Work
 
 LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
 LADDERS = Ladders(LADDER, LADDER)
-MODEL = {
-    "prefill": coefficients(
-        "prefill", fixed=1e-3, weights=5e-3, tokens=25e-3, pairs=2e-3, contention=4e-3
-    ),
-    "decode": coefficients(
-        "decode",
-        fixed=0.5e-3,
-        weights=6e-3,
-        context=8e-3,
-        rows=1e-3,
-        weights_contention=1e-3,
-        context_contention=2e-3,
-    ),
-}
-
-
 YIELDING = {"prefill": 0.0, "decode": 0.0}
 
 
 def twice_as_slow() -> LatencyModel:
-    return LatencyModel({p: 2 * c for p, c in MODEL.items()}, 1 / 3, YIELDING)
+    return LatencyModel({p: 2 * c for p, c in TRUTH.items()}, 1 / 3, YIELDING)
 
 
 def model() -> LatencyModel:
-    return LatencyModel(dict(MODEL), 1 / 3, YIELDING)
+    return LatencyModel(TRUTH, 1 / 3, YIELDING)
 
 
 def targets(*, ttft_ms=1000.0, tpot_ms=30.0) -> SloTargets:
