@@ -4,8 +4,10 @@ Steps run on the device in the order of dispatch, because each takes the state t
 it returns. Nothing is compiled here, and no eager jax operation runs: host work is NumPy.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Final
@@ -109,12 +111,14 @@ class StepRunner:
             bucket: jax.device_put([pack_masks(None, part) for part in bucket.parts])
             for _, bucket in programs
         }
+        # Before any threads: two that iterate over a device list, as compiling does, end with signal
+        # 11 in jax 0.11.2 if none has done so before (nanobind is still making the iterator's type).
+        self._restore_history = compile_restore(state, platform)
         self._programs = _compile_all(
             lambda program: compile_step(program[0], graphdef, params, state, program[1], platform),
             programs,
             on_progress,
         )
-        self._restore_history = compile_restore(state, platform)
         self._restore(History(row=0, token_ids=b""))
         for kind, bucket in programs:
             padding, no_bias = STEP_KINDS[kind].padding(bucket), self._no_bias[bucket]
@@ -170,14 +174,17 @@ def _compile_all(
     wanted: list[_Program],
     on_progress: Callable[[int], None],
 ) -> dict[_Program, jax.stages.Compiled]:
-    """Compiles every program, one after another: two threads that load programs from the compile
-    cache at once crash jax 0.11.2 (in `tuple(devices)`, with signal 11). The workers of both phases
-    compile side by side."""
+    """Compiles every program, on as many threads as this process has cores."""
     on_progress(0)
     programs: dict[_Program, jax.stages.Compiled] = {}
-    for program in wanted:
-        programs[program] = compile_one(program)
-        on_progress(len(programs))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile") as pool:
+        pending = {pool.submit(compile_one, program): program for program in wanted}
+        try:
+            for future in as_completed(pending):
+                programs[pending[future]] = future.result()
+                on_progress(len(programs))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return programs
 
 

@@ -65,6 +65,30 @@ def test_after_stop_everything_says_so(compile_cache):
     stream.close()
 
 
+SLOW_TYPES = """
+import sys, threading, time
+
+def hook(event, args):
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if in_thread and event == "object.__setattr__" and "jaxlib" in str(args[0]):
+        time.sleep(5)
+
+sys.addaudithook(hook)
+"""
+
+
+def test_workers_start_wherever_python_switches_between_threads(
+    compile_cache, tmp_path, monkeypatch
+):
+    """Libraries install audit hooks. They let threads switch within calls into jax, such as those
+    that make a type when it is needed for the first time, and are lost if two threads do so."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TYPES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
+    with Engine(str(MODEL_DIR), compile_cache_dir=compile_cache, **small) as engine:
+        assert len(engine.generate(PROMPT, max_tokens=2, ignore_eos=True).token_ids) == 2
+
+
 @pytest.mark.parametrize("how", ["forgotten", "ctrl-c"])
 def test_a_program_that_ends_leaves_nothing(compile_cache, how):
     code = """
