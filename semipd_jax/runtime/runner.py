@@ -111,8 +111,8 @@ class StepRunner:
             bucket: jax.device_put([pack_masks(None, part) for part in bucket.parts])
             for _, bucket in programs
         }
-        # Before any threads: two that iterate over a device list, as compiling does, end with signal
-        # 11 in jax 0.11.2 if none has done so before (nanobind is still making the iterator's type).
+        # Before any threads: two that iterate over a device list, as compiling does, end with
+        # signal 11 in jax 0.11.2 if none did before (nanobind still makes the iterator's type).
         self._restore_history = compile_restore(state, platform)
         self._programs = _compile_all(
             lambda program: compile_step(program[0], graphdef, params, state, program[1], platform),
