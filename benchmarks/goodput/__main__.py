@@ -6,7 +6,8 @@
 
 Systems are simulated; with `--model` each of them is a server that is started with its flags, and
 flags after `--` are for all of them. `--from` measures nothing and draws what was found before;
-`--against` puts another result's goodput beside this one, as a simulation beside a measurement.
+`--against` puts another result's goodput beside this one, as a simulation beside a measurement; a
+simulation takes from it what the host took in each system (`--host-ms`).
 Every system gets the same requests; repetitions take other ones. Failed requests are misses.
 """
 
@@ -15,12 +16,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import common
 from benchmarks.goodput.live import Server, flags_of
-from benchmarks.goodput.results import result_of
+from benchmarks.goodput.results import host_ms, result_of
 from benchmarks.goodput.search import Subject, take_turns
 from benchmarks.goodput.simulated import Simulated
 from benchmarks.goodput.statics import better_statics
@@ -28,7 +30,7 @@ from benchmarks.goodput.tables import OURS, agreement, markdown
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator import flags, report
-from semipd_jax.simulator.systems import parse
+from semipd_jax.simulator.systems import Setup, parse
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     text = markdown(result["loads"])
     if args.against is not None:
-        text += "\n" + agreement(result["loads"], json.loads(args.against.read_text())["loads"])
+        text += "\n" + agreement(result["loads"], _loads_of(args.against))
     print(text)
     if args.out is not None:
         _write(args.out, result, text, draws=args.plots)
@@ -83,13 +85,30 @@ type _Ready = tuple[Sequence[Subject], SloTargets, dict[str, Any]]
 
 
 def _simulated(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
-    setup = flags.setup_of(args, workload)
+    setup, host_ms = flags.setup_of(args, workload), _measured_host_ms(args, workload.name)
     subjects = [
-        Simulated(parse(system), setup, lambda seed: flags.workload_of(args, name, seed))
+        Simulated(
+            parse(system),
+            setup if system not in host_ms else _with_host(setup, host_ms[system]),
+            lambda seed: flags.workload_of(args, name, seed),
+        )
         for system in args.systems or _SIMULATED.split()
     ]
     head = report.simulated(setup.platform, workload, setup.targets)
     return subjects, setup.targets, head
+
+
+def _measured_host_ms(args: argparse.Namespace, load: str) -> dict[str, float]:
+    """System → what `--against` tells, unless `--host-ms` is given."""
+    if args.against is None or args.host_ms is not None:
+        return {}
+    loads = [one for one in _loads_of(args.against) if one["workload"] == load]
+    times = {name: host_ms(found) for one in loads for name, found in one["systems"].items()}
+    return {name: ms for name, ms in times.items() if ms is not None}
+
+
+def _with_host(setup: Setup, host_ms: float) -> Setup:
+    return replace(setup, platform=replace(setup.platform, host_s=host_ms / 1e3))
 
 
 def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
@@ -111,6 +130,10 @@ def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
     notes = [f"server flags: {' '.join(args.server)}"] if args.server else []
     head = report.header(workload, targets, origin="measured", platform=platform, notes=notes)
     return subjects, targets, head
+
+
+def _loads_of(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["loads"]
 
 
 def _merged(paths: Sequence[Path]) -> dict[str, Any]:

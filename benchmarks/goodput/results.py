@@ -79,5 +79,12 @@ def _means(changes: Sequence[tuple[float, float]], edges: np.ndarray) -> list[fl
     return (np.diff(integral(edges)) / np.diff(edges)).tolist()
 
 
+def host_ms(result: Mapping[str, Any]) -> float | None:
+    """CPU time beside the steps at a system's goodput, ms per token, if it was measured."""
+    counters = [seed["at_goodput"]["counters"] for seed in result["seeds"]]
+    values = [c["host_ms_per_token"] for c in counters if "host_ms_per_token" in c]
+    return sum(values) / len(values) if values else None
+
+
 def rates_by_seed(result: Mapping[str, Any]) -> list[float]:
     return [seed["goodput"] for seed in result["seeds"]]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from benchmarks.goodput.bootstrap import ratio_interval
-from benchmarks.goodput.results import rates_by_seed
+from benchmarks.goodput.results import host_ms, rates_by_seed
 from semipd_jax.simulator.report import heading, table
 
 FULL_STATIC: Final = "static:1,1"
@@ -72,14 +72,9 @@ def ratios(loads: Loads) -> str:
 
 
 def _host_times(systems: Mapping[str, Any]) -> str:
-    """At each system's goodput, for those that were measured: `--host-ms` of a simulation."""
-    found: list[str] = []
-    for name, result in systems.items():
-        counters = [seed["at_goodput"]["counters"] for seed in result["seeds"]]
-        values = [c["host_ms_per_token"] for c in counters if "host_ms_per_token" in c]
-        if values:
-            found.append(f"{name} {sum(values) / len(values):.2f}")
-    return ", ".join(found)
+    """For those that were measured: `--host-ms` of a simulation."""
+    times = {name: host_ms(result) for name, result in systems.items()}
+    return ", ".join(f"{name} {ms:.2f}" for name, ms in times.items() if ms is not None)
 
 
 def _goodput(result: Mapping[str, Any] | None) -> str:

@@ -58,8 +58,7 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
     add(
         "--host-ms",
         type=float,
-        default=0.0,
-        help="with --profile of a CPU: its time that other processes take for each token",
+        help="with --profile of a CPU: its time that other processes take for each token [0]",
     )
     add("--noise", type=float, default=0.03, help="standard deviation of log step times")
 
@@ -142,7 +141,7 @@ def _platform(args: argparse.Namespace) -> Platform:
         kv_tokens=args.kv_tokens,
         page_size=args.block_size,
         hop_s=args.hop_ms / 1e3,
-        host_s=args.host_ms / 1e3,
+        host_s=(args.host_ms or 0.0) / 1e3,
     )
 
 

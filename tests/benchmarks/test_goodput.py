@@ -261,6 +261,29 @@ def test_command_measures_draws_and_draws_again(tmp_path, capsys, monkeypatch):
     assert after == before + host
 
 
+def test_a_simulation_takes_the_host_s_time_from_the_measurement_beside_it(tmp_path, capsys):
+    given = ["--num-requests", "30", "--repeat", "1", "--precision", "0.5", "--share-ladder", "1.0"]
+    given += ["--length-scale", "0.05", "--slo-ttft-ms", "15", "--systems", "colocated chunked"]
+    assert main([*given, "--out", str(tmp_path / "a"), "--no-plots"]) == 0
+    saved = tmp_path / "a/goodput.json"
+    result = json.loads(saved.read_text())
+    at_goodput = result["loads"][0]["systems"]["chunked"]["seeds"][0]["at_goodput"]
+    at_goodput["counters"]["host_ms_per_token"] = 20.0
+    saved.write_text(json.dumps(result))
+    capsys.readouterr()
+    assert main([*given, "--against", str(saved)]) == 0
+    found = differences(capsys.readouterr().out)
+    assert found["colocated"] == 0 > found["chunked"]
+    assert main([*given, "--against", str(saved), "--host-ms", "0"]) == 0
+    assert differences(capsys.readouterr().out) == {"colocated": 0, "chunked": 0}
+
+
+def differences(text: str) -> dict[str, int]:
+    """System → percent, of the table that compares."""
+    rows = [line.split("|") for line in text.splitlines() if line.rstrip().endswith("% |")]
+    return {row[2].strip(): int(row[-2].strip(" %")) for row in rows}
+
+
 def test_bad_flags_are_explained(capsys):
     assert main(["--systems", "best"]) == 2
     assert "system is 'best'; allowed: static" in capsys.readouterr().err
