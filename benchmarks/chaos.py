@@ -7,6 +7,7 @@ round, and no process may grow from round to round or be left behind. Exits with
 
 import argparse
 import asyncio
+import contextlib
 import random
 import sys
 import time
@@ -45,11 +46,13 @@ async def run_all(engine: AsyncEngine, num_requests: int) -> list[tuple[int, ...
 
 
 def engine_processes() -> dict[str, psutil.Process]:
+    """By name, those that live."""
     found: dict[str, psutil.Process] = {}
     for process in psutil.Process().children():
-        title = " ".join(process.cmdline()).strip()
-        if title.startswith("semipd: "):
-            found[title.removeprefix("semipd: ")] = process
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none, either
+            title = " ".join(process.cmdline()).strip()
+            if title.startswith("semipd: "):
+                found[title.removeprefix("semipd: ")] = process
     return found
 
 
