@@ -85,11 +85,11 @@ type _Ready = tuple[Sequence[Subject], SloTargets, dict[str, Any]]
 
 
 def _simulated(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
-    setup, host_ms = flags.setup_of(args, workload), _measured_host_ms(args, workload.name)
+    setup, measured_ms = flags.setup_of(args, workload), _measured_host_ms(args, workload.name)
     subjects = [
         Simulated(
             parse(system),
-            setup if system not in host_ms else _with_host(setup, host_ms[system]),
+            _with_host(setup, measured_ms[system]) if system in measured_ms else setup,
             lambda seed: flags.workload_of(args, name, seed),
         )
         for system in args.systems or _SIMULATED.split()
@@ -107,8 +107,8 @@ def _measured_host_ms(args: argparse.Namespace, load: str) -> dict[str, float]:
     return {name: ms for name, ms in times.items() if ms is not None}
 
 
-def _with_host(setup: Setup, host_ms: float) -> Setup:
-    return replace(setup, platform=replace(setup.platform, host_s=host_ms / 1e3))
+def _with_host(setup: Setup, ms: float) -> Setup:
+    return replace(setup, platform=replace(setup.platform, host_s=ms / 1e3))
 
 
 def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:

@@ -59,8 +59,9 @@ def test_a_start_after_it_compiles_nothing_and_is_faster_for_it(tmp_path, capsys
     filled, empty = (Start(str(tmp_path), str(tmp_path / name)) for name in ("filled", "empty"))
     assert filled.cached.keys() == WORKERS
     assert all(hits == total > 0 for hits, total in filled.cached.values())
-    hits, total = empty.cached["prefill worker 1.00"]
-    assert hits <= 1 < total  # a small program is that of both phases, which compile side by side
+    # Both phases compile side by side, and have one small program in common.
+    prefill, *decode = (hits for _, (hits, _) in sorted(empty.cached.items(), reverse=True))
+    assert prefill + min(decode) <= 1
     assert filled.compile_s < 0.6 * empty.compile_s
 
 
