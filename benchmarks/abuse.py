@@ -30,12 +30,11 @@ import grpc
 import httpx2
 
 from benchmarks import common
-from benchmarks.chaos import engine_processes
 from benchmarks.fake_engine import fake_engine
 from benchmarks.fake_worker import STEP_S
 from benchmarks.half_open import vanish
 from benchmarks.metrics import distribution_ms
-from benchmarks.processes import idle_stats, stats_when
+from benchmarks.processes import engine_processes, idle_stats, stats_when
 from benchmarks.semipd import wait_until_ready
 from semipd_jax.launch.launcher import Launcher
 from semipd_jax.messages import Stats

@@ -7,7 +7,6 @@ round, and no process may grow from round to round or be left behind. Exits with
 
 import argparse
 import asyncio
-import contextlib
 import random
 import sys
 import time
@@ -15,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
 from benchmarks import common
+from benchmarks.processes import engine_processes
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
 
@@ -43,17 +41,6 @@ async def run_all(engine: AsyncEngine, num_requests: int) -> list[tuple[int, ...
         return result.token_ids
 
     return await asyncio.gather(*(one(*request) for request in workload(num_requests)))
-
-
-def engine_processes() -> dict[str, psutil.Process]:
-    """By name, those that live."""
-    found: dict[str, psutil.Process] = {}
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none, either
-            title = " ".join(process.cmdline()).strip()
-            if title.startswith("semipd: "):
-                found[title.removeprefix("semipd: ")] = process
-    return found
 
 
 async def kill_workers(every_s: float, counts: dict[str, int]) -> None:

@@ -51,7 +51,8 @@ def write_metadata(directory: Path, config: dict[str, Any]) -> None:
     """config.json and a tokenizer: all that a server with `--load-format dummy` needs."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
     _tokenizer(config["vocab_size"]).save(str(directory / "tokenizer.json"))
 

@@ -59,6 +59,8 @@ def _cell(value: object) -> str:
 
 
 def _without_place(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_place(one) for one in value]
     is_path = isinstance(value, Path | str) and Path(value).is_absolute()
     return Path(value).name if is_path else value
 

@@ -33,6 +33,7 @@ from semipd_jax.scheduler.state import Limits, pages_for
 from semipd_jax.tuner.latency import FEATURES, LatencyModel
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import Ladders, Shares
+from semipd_jax.tuner.refined import RefinedModel
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 from semipd_jax.tuner.tuner import Tuner
 
@@ -105,13 +106,14 @@ def _coordinator(
         saturation=0.5,
         yielding={"prefill": 0.0, "decode": 0.0},
     )
+    refined = RefinedModel(model)
 
     ladders = Ladders(_LADDER, _LADDER)
 
     def tuner_of(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
         if policy == "static":
             return None
-        return make_tuner(policy, ladders=ladders, targets=targets, model=model, start=start)
+        return make_tuner(policy, ladders=ladders, targets=targets, model=refined, start=start)
 
     shares = ShareConfig(ladder=_LADDER)
     clock = time.monotonic

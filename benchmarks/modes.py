@@ -15,7 +15,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +25,7 @@ from benchmarks import common
 from benchmarks.goodput.live import outcome_of
 from benchmarks.goodput.search import find
 from benchmarks.load import LoadRun, run_load
-from benchmarks.metrics import OK, itl_s, tpot_s, ttft_s
+from benchmarks.metrics import OK, RequestRecord, tpot_s, ttft_s
 from benchmarks.semipd import running_server, sender
 from benchmarks.workload import PlannedRequest, replayed
 from semipd_jax.config import require
@@ -73,7 +73,8 @@ class Turn:
     Attributes:
       alone_ttft_ms, alone_tpot_ms: of a long prompt and of a chat that have the server to
         themselves.
-      itl_p99_ms: gaps of the chats' tokens while long prompts come.
+      itl_p99_ms: of those gaps of the chats' tokens in which a long prompt was on its way to its
+        first token.
       ttft_p90_ms: of all requests; like `itl_p99_ms` at the given rate.
       goodput: requests per second.
       attainment: rate → share of requests that met both targets.
@@ -149,12 +150,13 @@ def _turn(args: argparse.Namespace, system: str, mix: Mix, seed: int) -> Turn:
     if failed := [r.status for r in records if r.status != OK]:
         raise RuntimeError(f"{name}: {len(failed)} of {len(records)} requests failed: {failed[0]}")
     chats = [r for r in records if r.num_prompt_tokens == mix.chat[0]]
+    longs = [r for r in records if r.num_prompt_tokens == mix.long[0]]
     return Turn(
         system=name,
         seed=seed,
         alone_ttft_ms=percentile_ms([ttft_s(long)], 50),
         alone_tpot_ms=percentile_ms([tpot_s(chat)], 50),
-        itl_p99_ms=percentile_ms([gap for r in chats for gap in itl_s(r)], 99),
+        itl_p99_ms=percentile_ms(gaps_beside(chats, longs), 99),
         ttft_p90_ms=percentile_ms([ttft_s(r) for r in records], 90),
         goodput=found.rate,
         attainment={rate: tried.attainment(target) for rate, tried in found.trials.items()},
@@ -168,6 +170,18 @@ def _single(kind: tuple[int, int]) -> Workload:
 async def _send(planned: list[PlannedRequest], address: str, timeout_s: float) -> LoadRun:
     async with AsyncClient(address) as client:
         return await run_load(planned, sender(client), request_timeout_s=timeout_s)
+
+
+def gaps_beside(chats: Sequence[RequestRecord], longs: Sequence[RequestRecord]) -> list[float]:
+    """Seconds between tokens of chats, where some of them passed before the first token of a long
+    prompt that had been sent."""
+    waits = [(r.sent_s, r.arrivals[0].at_s) for r in longs]
+    return [
+        b.at_s - a.at_s
+        for chat in chats
+        for a, b in pairwise(chat.arrivals)
+        if any(a.at_s < end and start < b.at_s for start, end in waits)
+    ]
 
 
 def percentile_ms(seconds: Sequence[float | None], percent: float) -> float:

@@ -1,56 +1,50 @@
 """An engine's processes from outside: CPU time, and the coordinator's state when all is done."""
 
-import os
+import contextlib
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Final
+
+import psutil
 
 from semipd_jax.messages import FromCoordinator, GetStats, Stats, ToCoordinator
 from semipd_jax.transport.channels import CLIENTS, Link
 
 _TIMEOUT_S: Final = 60.0
 
-_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+# psutil may find half of what /proc has of a process that just ends.
+_ENDED: Final = (psutil.Error, FileNotFoundError)
+
+
+def engine_processes(pid: int | None = None) -> dict[str, psutil.Process]:
+    """Descendants of a process (None: of this one) by the names that an engine's give themselves,
+    without "semipd: ". Those that have ended and were not reaped have none."""
+    return {
+        title.removeprefix("semipd: "): process
+        for title, process in _descendants(pid)
+        if title.startswith("semipd: ")
+    }
 
 
 def cpu_seconds(own_name: str) -> dict[str, float]:
-    """User and system seconds since each process started. This one is called `own_name`."""
-    parents: dict[int, int] = {}
-    seconds: dict[int, float] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            # The name, in parentheses, may hold anything; the fields after it start with the state.
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has just ended
-        pid = int(entry.name)
-        parents[pid] = int(fields[1])
-        seconds[pid] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-    own = os.getpid()
-    found = {own_name: seconds[own]}
-    for pid in parents:
-        if pid != own and _descends(pid, own, parents):
-            found[_title(pid)] = seconds[pid]
-    return found
+    """User and system seconds of all descendants since each started, by the words that it was
+    started with or calls itself. This process is called `own_name`."""
+    seconds = {own_name: _cpu_s(psutil.Process())}
+    for title, process in _descendants(None):
+        with contextlib.suppress(*_ENDED):
+            seconds[title] = _cpu_s(process)
+    return seconds
 
 
-def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
-    while pid in parents:
-        if pid == ancestor:
-            return True
-        pid = parents[pid]
-    return False
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
-def _title(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return str(pid)
-    return b" ".join(words).decode(errors="replace").strip() or str(pid)
+def _descendants(pid: int | None) -> Iterator[tuple[str, psutil.Process]]:
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(*_ENDED):
+            yield " ".join(process.cmdline()).strip(), process
 
 
 def idle_stats(run_dir: str) -> Stats:

@@ -23,8 +23,8 @@ from typing import Final
 import httpx2
 
 from benchmarks import common
-from benchmarks.chaos import engine_processes, kill_workers
-from benchmarks.processes import idle_stats
+from benchmarks.chaos import kill_workers
+from benchmarks.processes import engine_processes, idle_stats
 from benchmarks.semipd import wait_until_ready
 from semipd_jax import options
 from semipd_jax.demo import MODEL_DIR

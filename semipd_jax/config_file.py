@@ -17,12 +17,17 @@ import yaml
 
 from semipd_jax.errors import ConfigError
 
-type FlagKind = Literal["value", "switch", "repeated"]
-"""A switch is true or false. Lists are for flags that may be repeated; for others they become one
-value with commas."""
+type FlagKind = Literal["value", "switch", "mark", "repeated"]
+"""A switch is true or false. So is a mark, of which the command line can only say that it is true.
+Lists are for flags that may be repeated; for others they become one value with commas."""
 
 _MAX_BYTES: Final = 1 << 20
-_SWITCHES: Final = {"true": "--{}", "false": "--no-{}"}
+_WORDS: Final[dict[tuple[FlagKind, str], list[str]]] = {
+    ("switch", "true"): ["--{}"],
+    ("switch", "false"): ["--no-{}"],
+    ("mark", "true"): ["--{}"],
+    ("mark", "false"): [],
+}
 
 
 def read_words(path: Path, flags: Mapping[str, FlagKind]) -> list[str]:
@@ -42,10 +47,10 @@ def read_words(path: Path, flags: Mapping[str, FlagKind]) -> list[str]:
             allowed = close or sorted(flags)
             raise ConfigError(f"{path}: {key!r} is no option; allowed: {', '.join(allowed)}")
         for text in _texts(path, name, value, flags[name]):
-            if flags[name] != "switch":
+            if flags[name] in ("value", "repeated"):
                 words.append(f"--{name}={text}")
-            elif text.lower() in _SWITCHES:
-                words.append(_SWITCHES[text.lower()].format(name))
+            elif (found := _WORDS.get((flags[name], text.lower()))) is not None:
+                words += [word.format(name) for word in found]
             else:
                 raise ConfigError(f"{path}: {name} is {text!r}; allowed: true, false")
     return words

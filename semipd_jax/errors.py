@@ -7,6 +7,7 @@ EngineError
 ├── OverloadedError         the waiting queue is full; the client may retry later
 ├── UnavailableError        the engine is starting, draining or stopped; nothing was generated
 ├── RequestFailedError      the engine gave up on a request that had started
+├── RequestTimeoutError     a request took longer than the server allows
 ├── StartupError            the engine cannot start
 │   └── CheckpointError     the model directory is unsupported, incomplete or unsafe
 └── ConfigError             a flag or config value is wrong; a ValueError, too
@@ -18,11 +19,17 @@ class EngineError(Exception):
 
 
 class InvalidRequestError(EngineError):
-    """The request can never succeed. `field` names what to change."""
+    """The request can never succeed.
 
-    def __init__(self, message: str, *, field: str = "") -> None:
+    Attributes:
+      field: what to change.
+      is_too_long: the prompt exceeds the model's length.
+    """
+
+    def __init__(self, message: str, *, field: str = "", is_too_long: bool = False) -> None:
         super().__init__(message)
         self.field = field
+        self.is_too_long = is_too_long
 
 
 class DuplicateRequestError(EngineError):
@@ -43,6 +50,10 @@ class UnavailableError(EngineError):
 
 class RequestFailedError(EngineError):
     """The engine gave up on a request after it had started."""
+
+
+class RequestTimeoutError(EngineError):
+    """The request took longer, in the queue or while it ran, than the server allows."""
 
 
 class StartupError(EngineError):

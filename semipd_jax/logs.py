@@ -10,13 +10,18 @@ type LogFormat = Literal["text", "json"]
 
 
 def configure(process: str, level: str, form: LogFormat = "text") -> None:
-    """Sends this process's log to standard error, each line with time and process name."""
+    """Sends this process's log to standard error, each line with time and process name: this
+    project's from `level` on, warnings and errors of all other packages."""
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":
         handler.setFormatter(JsonFormatter(process))
     else:
         text = f"%(asctime)s {process:>20} | %(message)s"
         handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
     for package in ("semipd_jax", "semipd_server"):
         logger = logging.getLogger(package)
         logger.handlers = [handler]

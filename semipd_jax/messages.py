@@ -201,7 +201,8 @@ class GetStats(Message, frozen=True):
 
 class SetPartition(Message, frozen=True):
     """Run the phases at these shares from their next steps on, or let this policy choose them; None
-    leaves one as it is. A share makes the policy "static". Answered by `PartitionReply` with the
+    leaves one as it is. A share makes the policy "static"; with another policy before, the other
+    phase gets the share it was configured with. Answered by `PartitionReply` with the
     same `query_id`."""
 
     query_id: int

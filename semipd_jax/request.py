@@ -321,6 +321,7 @@ def validate_prompt(
             f"the prompt has {len(token_ids)} tokens; allowed: at most {max_model_len - 1}, so "
             f"that one more fits into the model length of {max_model_len}",
             field="prompt",
+            is_too_long=True,
         )
     if max_tokens is not None and len(token_ids) + max_tokens > max_model_len:
         raise InvalidRequestError(

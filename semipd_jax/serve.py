@@ -19,12 +19,15 @@ from semipd_jax import logs, options
 from semipd_jax.config import EngineConfig
 from semipd_jax.config_file import FlagKind, read_words
 from semipd_jax.demo import MODEL_DIR
-from semipd_jax.errors import CheckpointError, ConfigError, EngineError
+from semipd_jax.errors import ConfigError, EngineError, StartupError
 from semipd_jax.launch.launcher import FrontEnd, Launcher
 from semipd_jax.messages import MemoryLayout, Progress
 from semipd_jax.models.registry import load_spec
 from semipd_jax.options import Option
+from semipd_jax.runtime.cache_dir import cache_root
+from semipd_jax.text.tokenizer import require_tokenizer
 from semipd_server.settings import Settings, add_flags, take_flags
+from semipd_server.sockets import require_free
 
 type _Event = Literal["started", "ended", "signal"]
 
@@ -60,8 +63,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax
             )
         settings = take_flags(args)
         config = options.build_config(**args)
-        load_spec(config.model.path)
-    except (ConfigError, CheckpointError) as error:
+        _check_early(config, settings)
+    except (ConfigError, StartupError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     setproctitle("semipd: serve")
@@ -69,6 +72,19 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax
     if settings.is_exposed:
         _log.warning("no --api-key: whoever reaches %s may use the engine", settings.host)
     return _serve(config, settings)
+
+
+def _check_early(config: EngineConfig, settings: Settings) -> None:
+    """Finds what processes would find when they have begun to start, as far as it is cheap.
+
+    Raises:
+      ConfigError, StartupError: what they would raise.
+    """
+    load_spec(config.model.path).max_len(config.model.max_model_len)
+    require_tokenizer(config.model.tokenizer_path)
+    cache_root(config.compile_cache_dir)
+    if settings.control_socket is not None:
+        require_free(settings.control_socket)
 
 
 def _serve(config: EngineConfig, settings: Settings) -> int:
@@ -81,7 +97,7 @@ def _serve(config: EngineConfig, settings: Settings) -> int:
         on_progress=_ProgressLog(),
         on_failure=lambda _: events.put("ended"),
     )
-    threading.Thread(target=_start, args=(launcher, config, events), daemon=True).start()
+    threading.Thread(target=_start, args=(launcher, config, settings, events), daemon=True).start()
     event = events.get()
     if event == "started":
         _log.info("control socket: unix:%s", settings.control_path(launcher.run_dir))
@@ -97,7 +113,12 @@ def _serve(config: EngineConfig, settings: Settings) -> int:
     return 0
 
 
-def _start(launcher: Launcher, config: EngineConfig, events: "queue.SimpleQueue[_Event]") -> None:
+def _start(
+    launcher: Launcher,
+    config: EngineConfig,
+    settings: Settings,
+    events: "queue.SimpleQueue[_Event]",
+) -> None:
     started_s = time.monotonic()
     try:
         layout = launcher.start()
@@ -106,7 +127,7 @@ def _start(launcher: Launcher, config: EngineConfig, events: "queue.SimpleQueue[
         if isinstance(error, EngineError):
             return
         raise
-    _announce(launcher, config, layout, time.monotonic() - started_s)
+    _announce(launcher, config, settings, layout, time.monotonic() - started_s)
     events.put("started")
 
 
@@ -128,7 +149,11 @@ def _end(launcher: Launcher, events: "queue.SimpleQueue[_Event]") -> None:
 
 
 def _announce(
-    launcher: Launcher, config: EngineConfig, layout: MemoryLayout, seconds: float
+    launcher: Launcher,
+    config: EngineConfig,
+    settings: Settings,
+    layout: MemoryLayout,
+    seconds: float,
 ) -> None:
     """Says where and how to send a first request; to a person, whatever the log level."""
     tokens = (layout.num_pages - 1) * layout.page_size
@@ -138,7 +163,8 @@ def _announce(
     text = (
         f"KV cache: {tokens:,} tokens; room for {most:.1f} requests of {layout.max_model_len:,}\n"
         f"{config.model.name} is served at {launcher.address} after {seconds:.1f} s; try:\n"
-        f'  python -m semipd_server.client --target {launcher.address} "def main():"{http}'
+        f"  python -m semipd_server.client --target {launcher.address}{settings.client_flags} "
+        f'"def main():"{http}'
     )
     if config.log_format == "json":
         _log.info("%s", text)
@@ -193,10 +219,19 @@ class _Parser(argparse.ArgumentParser):
         kinds: dict[str, FlagKind] = {}
         for action in self._actions:
             if action.dest not in ("help", "version", "config"):
-                is_list = isinstance(action, argparse._AppendAction)
-                kind = "switch" if action.nargs == 0 else "repeated" if is_list else "value"
-                kinds[action.option_strings[0].removeprefix("--")] = kind
+                kinds[action.option_strings[0].removeprefix("--")] = _kind(action)
         return kinds
+
+
+def _kind(action: argparse.Action) -> FlagKind:
+    match action:
+        case argparse.BooleanOptionalAction():
+            return "switch"
+        case argparse._AppendAction():
+            return "repeated"
+        case argparse.Action(nargs=0):
+            return "mark"
+    return "value"
 
 
 def _parser(prog: str) -> _Parser:

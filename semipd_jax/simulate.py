@@ -32,6 +32,7 @@ def main(
 
 
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
+    args = flags.completed(args)
     systems = [parse(name) for name in args.systems]
     workload = flags.workload_of(args, args.workload, args.seed)
     setup = flags.setup_of(args, workload)
@@ -51,13 +52,11 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument(
+        "--systems", type=str.split, default=_SYSTEMS, help=f"between spaces [{_SYSTEMS}]"
     )
-    parser.add_argument("--systems", type=str.split, default=_SYSTEMS, help="between spaces")
-    parser.add_argument("--workload", default="sharegpt", help=flags.load_names())
+    parser.add_argument("--workload", default="sharegpt", help=f"{flags.load_names()} [sharegpt]")
     parser.add_argument("--rate", type=float, help="requests/s and device [a trace's own]")
     parser.add_argument("--json", type=Path, help="where results go, too")
     flags.add_load(parser)

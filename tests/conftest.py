@@ -15,9 +15,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture
 def restored_logs() -> Iterator[None]:
     """For tests of commands, which send the process's log elsewhere."""
-    loggers = [logging.getLogger(name) for name in ("semipd_jax", "semipd_server")]
+    loggers = [logging.getLogger(name) for name in (None, "semipd_jax", "semipd_server")]
     states = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
     yield
     for logger, handlers, propagate, level in states:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+    logging.captureWarnings(False)

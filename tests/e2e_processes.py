@@ -1,8 +1,8 @@
-"""Finds the processes of engines by the names they give themselves."""
+"""Kills processes of engines by the names they give themselves."""
 
 import time
 
-import psutil
+from benchmarks.processes import engine_processes
 
 
 def kill(name: str) -> bool:
@@ -17,17 +17,3 @@ def kill(name: str) -> bool:
         assert time.monotonic() < deadline, f"{name} survives"
         time.sleep(0.001)
     return True
-
-
-def engine_processes(pid: int | None = None) -> dict[str, psutil.Process]:
-    """Descendants of a process (None: of this one) by name. Those that have ended and were not
-    reaped have none."""
-    found: dict[str, psutil.Process] = {}
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            title = " ".join(process.cmdline()).strip()
-        except (psutil.Error, FileNotFoundError):  # psutil may find half of what /proc has of it
-            continue
-        if title.startswith("semipd: "):
-            found[title.removeprefix("semipd: ")] = process
-    return found

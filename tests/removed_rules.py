@@ -1,4 +1,4 @@
-"""Removes the rules of server/SECURITY.md, one edit at a time: a test must fail after each.
+"""Removes the rules of docs/SECURITY.md, one edit at a time: a test must fail after each.
 
     python tests/removed_rules.py [WORD ...]
 

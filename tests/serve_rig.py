@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from e2e_processes import engine_processes
+
+from benchmarks.processes import engine_processes
 
 SMALL = ("--max-num-seqs=4", "--max-num-batched-tokens=64", "--port=0", "--http-port=0")
 

@@ -12,7 +12,7 @@ from fake_coordinator import FakeCoordinator, layout
 from tiny_tokenizers import save_byte_level
 
 from semipd_jax.client import EngineClient
-from semipd_jax.config import ModelConfig
+from semipd_jax.config import ModelConfig, SchedulerConfig
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server.client import AsyncClient
 from semipd_server.front_end import FrontEnd
@@ -69,13 +69,15 @@ async def serving(
     settings: Settings | None = None,
     path: str = "tiny",
     client: Callable[..., EngineClient] = EngineClient,
+    limits: SchedulerConfig | None = None,
     **fields: Any,
 ) -> AsyncIterator[Rig]:
-    """`path` is the model's, `client` makes the engine client; `fields` are the fake coordinator's.
+    """`path` is the model's, `client` makes the engine client, `limits`
+    are the queue's; `fields` are the fake coordinator's.
     The test makes its steps."""
     model = ModelConfig(path=path)
     settings = settings or Settings(port=0, http_port=0)
-    engine = client(run_dir, sizes(tokenizer), tokenizer, model, defaults or {})
+    engine = client(run_dir, sizes(tokenizer), tokenizer, model, defaults or {}, settings.bounds)
     control_socket = settings.control_path(run_dir)
     front_end = FrontEnd(
         settings,
@@ -87,7 +89,7 @@ async def serving(
         try:
             await engine.start()
             address, url = await front_end.start()
-            await front_end.serve(Engine(engine, INFO))
+            await front_end.serve(Engine(engine, INFO, limits or SchedulerConfig()))
             async with (
                 grpc.aio.insecure_channel(address) as channel,
                 AsyncClient(address) as client,

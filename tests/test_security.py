@@ -111,7 +111,7 @@ def test_a_server_refuses_such_a_model_before_it_starts(tmp_path: Path):
 
 def rules() -> dict[str, list[str]]:
     """Rules of the security page, and the tests that their rows name."""
-    page = (ROOT / "server" / "SECURITY.md").read_text()
+    page = (ROOT / "docs" / "SECURITY.md").read_text()
     rows = re.findall(r"^\| ([A-Z].*) \| (`tests/.*) \|$", page, re.MULTILINE)
     return {rule: re.findall(r"`([^`]+)`", tests) for rule, tests in rows}
 

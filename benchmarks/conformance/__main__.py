@@ -2,7 +2,8 @@
 
     python -m benchmarks.conformance [openai smg aiperf guidellm]
 
-The environments are made when they are first needed. Exits with 1 if a client failed.
+The environments are made when they are first needed. The record is `conformance.json` beside them,
+or --json. Exits with 1 if a client failed.
 """
 
 import argparse
@@ -23,6 +24,7 @@ _INSTALL_S = 1800
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    header = common.header(vars(args))
     wrong, rows = 0, []
     with _server(args) as server, tempfile.TemporaryDirectory() as scratch:
         for name in args.clients or CLIENTS:
@@ -34,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 outcome = client.run(server, binaries, directory)
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 wrong, outcome = wrong + 1, f"FAILED: {error}"
-            rows.append((name, ", ".join(client.packages), outcome))
+            rows.append({"client": name, "packages": client.packages, "outcome": outcome})
             print(f"{name}: {outcome}", file=sys.stderr, flush=True)
-    for name, packages, outcome in rows:
-        print(f"{name} ({packages}): {outcome}")
-    if args.json:
-        common.write_json(args.json, common.header(vars(args)) | {"clients": rows})
+    for row in rows:
+        print(f"{row['client']} ({', '.join(row['packages'])}): {row['outcome']}")
+    record = args.json or args.environments / "conformance.json"
+    common.write_json(record, header | {"clients": rows})
+    print(f"record: {record}")
     return 1 if wrong else 0
 
 
@@ -57,7 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--http", help="its HTTP address")
     parser.add_argument("--name", help="its model")
     parser.add_argument("--model", default=str(MODEL_DIR), help="directory of the model")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     return parser.parse_args(argv)
 
 

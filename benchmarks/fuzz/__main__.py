@@ -2,9 +2,11 @@
 
     python -m benchmarks.fuzz --inputs 100000
 
-Every answer must be a success or the client's fault; afterwards the same processes must be there,
-no request may be left, all pages must be free, and the front end may not have grown. Exits with 1
-otherwise.
+Half go to HTTP: the routes that take JSON, and one that is not there, with odd headers. Half go to
+gRPC, with odd metadata: our contract, vLLM's, health checks (but no watches, which never end) and
+reflection. Control, which is private, is not among them. Every answer must be a success or the
+client's fault; afterwards the same processes must be there, no request may be left, all pages must
+be free, and the front end may not have grown. Exits with 1 otherwise.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import psutil
 
 from benchmarks import common
 from benchmarks.fake_engine import fake_engine
+from benchmarks.fuzz.inputs import BODIES
 from benchmarks.fuzz.run import Outcome, fuzz
 from benchmarks.processes import idle_stats
 from benchmarks.semipd import wait_until_ready
@@ -40,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = _send(launcher, args.inputs, args.seed + 1_000_000)
         elapsed_s = time.monotonic() - started_s
         wrong = [*outcome.wrong, *_after(launcher, before, args.growth_mib)]
+        wrong += [
+            f"nothing that was sent to {route} was taken"
+            for route in BODIES
+            if not outcome.answers[f"POST {route} 200"]
+        ]
         growth = {name: _mib(p) - mib for name, (p, mib) in before.items() if p.is_running()}
     for answer, count in sorted(outcome.answers.items()):
         print(f"{count:8,}  {answer}")

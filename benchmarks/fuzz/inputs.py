@@ -24,10 +24,17 @@ _likely = st.sampled_from(
     [1, 2, 0, -1, 0.5, True, "x", ["x"], [1], [[1]], {"5": 1.0}, {"include_usage": True}, None]
 )
 _names = sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *INERT})
-_message = st.fixed_dictionaries({"role": st.sampled_from(["user", "x"]), "content": st.text()})
+_plain_message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "user", "assistant", "x"]), "content": st.text(max_size=20)}
+)
+_odd_message = st.fixed_dictionaries(
+    {"role": _leaf, "content": any_json | st.lists(st.fixed_dictionaries({"type": _leaf}))},
+    optional={"name": _leaf, "refusal": _leaf, "tool_calls": any_json, "odd": _leaf},
+)
+_message = st.one_of(_plain_message, _plain_message, _plain_message, _odd_message)
 _ids = st.lists(st.integers(2, 300), min_size=1, max_size=5)
 _few = st.sampled_from([1, 2])
-_BODIES: Final = {
+BODIES: Final = {
     "/v1/completions": st.fixed_dictionaries(
         {"max_tokens": _few, "prompt": st.text(min_size=1, max_size=30) | _ids}
     ),
@@ -44,7 +51,7 @@ _odd = st.dictionaries(st.sampled_from(_names), _likely | any_json, max_size=2)
 
 def body(route: str) -> st.SearchStrategy[Any]:
     """A request that a route takes, with a field or two that are strange."""
-    plain = _BODIES.get(route, _BODIES["/v1/completions"])
+    plain = BODIES.get(route, BODIES["/v1/completions"])
     return st.one_of(
         plain,
         st.tuples(plain, _odd).map(lambda parts: parts[1] | parts[0]),
@@ -81,6 +88,50 @@ def damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
         if data:
             data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
     return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
+
+
+_HEADER_NAMES: Final = (
+    *(b"x-request-id", b"authorization", b"traceparent", b"tracestate", b"accept", b"cookie"),
+    *(b"content-type", b"content-encoding", b"accept-encoding", b"expect", b"origin", b"upgrade"),
+    *(b"x-forwarded-for", b"x-http-method-override", b"te", b"x-odd"),
+)
+_HEADER_TEXTS: Final = (
+    *(
+        b"",
+        b"Bearer",
+        b"Bearer x",
+        b"bearer  \xff",
+        b"application/json; charset=x",
+        b"*/*",
+        b"a" * 3000,
+    ),
+    *(
+        b"00-" + b"1" * 32 + b"-" + b"1" * 16 + b"-01",
+        b"00-zz",
+        b"gzip",
+        b"application/openmetrics-text",
+    ),
+)
+
+
+def headers() -> st.SearchStrategy[dict[bytes, bytes]]:
+    """Of HTTP; most requests have none that are odd."""
+    visible = st.binary(max_size=20).map(
+        lambda value: bytes(b for b in value if b > 32 and b != 127)
+    )
+    odd = st.dictionaries(
+        st.sampled_from(_HEADER_NAMES), st.sampled_from(_HEADER_TEXTS) | visible, max_size=3
+    )
+    return st.just({}) | odd
+
+
+def metadata() -> st.SearchStrategy[tuple[tuple[str, str | bytes], ...]]:
+    """Of gRPC, which names what is not text by its ending."""
+    names = ("x-request-id", "authorization", "traceparent", "tracestate", "x-odd")
+    texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+    pair = st.tuples(st.sampled_from(names), texts)
+    odd = st.tuples(st.just("x-odd-bin"), st.binary(max_size=20))
+    return st.just(()) | st.lists(pair | odd, max_size=3).map(tuple)
 
 
 _INTS: Final = (

@@ -10,6 +10,8 @@ from typing import Any, Final
 import grpc
 import httpx2
 from google.protobuf.descriptor import MethodDescriptor
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -76,49 +78,64 @@ async def _all(work: Iterator[Any]) -> None:
 
 
 def _http_work(client: httpx2.AsyncClient, number: int, n: int, outcome: Outcome) -> Iterator[Any]:
-    data = _draws([inputs.json_bytes(route) for route in _ROUTES], number, n)
-    for batch in zip(*data, strict=True):
-        for route, text in zip(_ROUTES, batch, strict=True):
-            yield _post(client, route, text, outcome)
+    kinds = [st.tuples(inputs.json_bytes(route), inputs.headers()) for route in _ROUTES]
+    for batch in zip(*_draws(kinds, number, n), strict=True):
+        for route, (text, headers) in zip(_ROUTES, batch, strict=True):
+            yield _post(client, route, text, headers, outcome)
 
 
-async def _post(client: httpx2.AsyncClient, route: str, data: bytes, outcome: Outcome) -> None:
-    headers = {"content-type": "application/json"}
+async def _post(
+    client: httpx2.AsyncClient,
+    route: str,
+    data: bytes,
+    odd: dict[bytes, bytes],
+    outcome: Outcome,
+) -> None:
+    headers = {b"content-type": b"application/json"} | odd
+    sent = f"POST {route} {odd} {data[:_SHOWN]!r}"
     try:
         reply = await client.post(route, content=data, headers=headers)
     except httpx2.HTTPError as error:
-        outcome.wrong.append(f"POST {route} {data[:_SHOWN]!r}: {error!r}")
+        outcome.wrong.append(f"{sent}: {error!r}")
         return
     outcome.answers[f"POST {route} {reply.status_code}"] += 1
     is_error = reply.status_code >= 400
     if reply.status_code >= 500 or (is_error and not reply.json()["error"]["message"]):
-        outcome.wrong.append(f"POST {route} {data[:_SHOWN]!r}: {reply.status_code} {reply.text}")
+        outcome.wrong.append(f"{sent}: {reply.status_code} {reply.text}")
 
 
 def _grpc_work(channel: grpc.aio.Channel, number: int, n: int, outcome: Outcome) -> Iterator[Any]:
     methods = _methods()
-    data = _draws([inputs.message_bytes(method.input_type) for method in methods], number, n)
-    for batch in zip(*data, strict=True):
-        for method, message in zip(methods, batch, strict=True):
-            yield _call(channel, method, message, outcome)
+    kinds = [st.tuples(inputs.message_bytes(m.input_type), inputs.metadata()) for m in methods]
+    for batch in zip(*_draws(kinds, number, n), strict=True):
+        for method, (message, metadata) in zip(methods, batch, strict=True):
+            yield _call(channel, method, message, metadata, outcome)
 
 
 def _methods() -> list[MethodDescriptor]:
-    services = [pb.DESCRIPTOR.services_by_name["InferenceService"]]
+    services = [
+        pb.DESCRIPTOR.services_by_name["InferenceService"],
+        health_pb2.DESCRIPTOR.services_by_name["Health"],
+        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+    ]
     if vllm_is_installed():
         from smg_grpc_proto.generated import vllm_engine_pb2
 
         services.append(vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"])
-    methods = [method for service in services for method in service.methods]
+    methods = [m for service in services for m in service.methods if m.name != "Watch"]
     return methods + 2 * [method for method in methods if method.name == "Generate"]
 
 
 async def _call(
-    channel: grpc.aio.Channel, method: MethodDescriptor, data: bytes, outcome: Outcome
+    channel: grpc.aio.Channel,
+    method: MethodDescriptor,
+    data: bytes,
+    metadata: tuple[tuple[str, str | bytes], ...],
+    outcome: Outcome,
 ) -> None:
     """Bytes as they are, whatever the answer's form."""
     name = f"/{method.containing_service.full_name}/{method.name}"
-    call = channel.unary_stream(name)(data, timeout=_TIMEOUT_S)
+    call = channel.unary_stream(name)(data, metadata=metadata, timeout=_TIMEOUT_S)
     try:
         async for _ in call:
             pass
@@ -126,11 +143,12 @@ async def _call(
     except grpc.aio.AioRpcError as error:
         status = error.code()
         if status not in _CALLERS_FAULT:
-            outcome.wrong.append(f"{name} {data[:_SHOWN]!r}: {status} {error.details()}")
+            sent = f"{name} {metadata} {data[:_SHOWN]!r}"
+            outcome.wrong.append(f"{sent}: {status} {error.details()}")
     outcome.answers[f"{name} {status.name}"] += 1
 
 
-def _draws(strategies: list[st.SearchStrategy[bytes]], number: int, n: int) -> list[list[bytes]]:
+def _draws[T](strategies: list[st.SearchStrategy[T]], number: int, n: int) -> list[list[T]]:
     """About `n` examples, as many of each strategy, from a seed of its own."""
     each, first = n // len(strategies) + 1, number * len(strategies)
     return [_draw(strategy, first + i, each) for i, strategy in enumerate(strategies)]

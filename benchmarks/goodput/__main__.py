@@ -8,12 +8,14 @@ Systems are simulated; with `--model` each of them is a server that is started w
 flags after `--` are for all of them. `--from` measures nothing and draws what was found before;
 `--against` puts another result's goodput beside this one, as a simulation beside a measurement; a
 simulation takes from it what the host took in each system (`--host-ms`).
-Every system gets the same requests; repetitions take other ones. Failed requests are misses.
+Every system gets the same requests; repetitions take other ones, after all systems had their turn,
+a whole search each. Failed requests are misses.
 """
 
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import common
-from benchmarks.goodput.live import Server, flags_of
+from benchmarks.goodput.live import Server, flags_of, limits_of
 from benchmarks.goodput.results import host_ms, result_of
 from benchmarks.goodput.search import Subject, take_turns
 from benchmarks.goodput.simulated import Simulated
@@ -30,7 +32,7 @@ from benchmarks.goodput.tables import OURS, agreement, markdown
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator import flags, report
-from semipd_jax.simulator.systems import Setup, parse
+from semipd_jax.simulator.systems import Setup, System, parse
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
@@ -39,26 +41,72 @@ _SIMULATED: Final = (
     "predictive+spf"
 )
 _LIVE: Final = "colocated chunked static:1,1 semi-pd static:1,1+spf"
+_TIMEOUT_S: Final = 600.0
+_NOT_OF_A_LOAD: Final = ("workload", "out", "plots", "saved", "model", "server")
+"""Settings that say nothing about a load's result, or are told with its heading."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    args = _parser().parse_args(argv)
     try:
-        if args.saved:
-            result = _merged(args.saved)
-        else:
-            loads = [_measured(args, name) for name in args.workload or ["sharegpt"]]
-            result = common.header(vars(args)) | {"loads": loads}
+        loads = _merged(args.saved) if args.saved else _measured_all(args)
     except (ConfigError, ValueError, OSError) as error:
         print(f"benchmarks.goodput: {error}", file=sys.stderr)
         return 2
-    text = markdown(result["loads"])
+    text = markdown(loads)
     if args.against is not None:
-        text += "\n" + agreement(result["loads"], _loads_of(args.against))
+        text += "\n" + agreement(loads, _loads_of(args.against))
     print(text)
     if args.out is not None:
-        _write(args.out, result, text, draws=args.plots)
+        _write(args.out, loads, text, draws=args.plots)
     return 0
+
+
+def _completed(args: argparse.Namespace) -> argparse.Namespace:
+    """Raises ConfigError for flags that would do nothing."""
+    if args.model is None:
+        require(not args.server, "flags after --", args.server, "only with --model")
+        flags.refuse(args, ["timeout"], "only with --model")
+        args = flags.completed(args)
+    else:
+        flags.refuse(args, ["check_statics", *flags.SIMULATED], "only without --model")
+        timeout_s = _TIMEOUT_S if args.timeout is None else args.timeout
+        args = argparse.Namespace(**(vars(args) | {"timeout": timeout_s}))
+    has_ours = OURS in (args.systems or _SIMULATED.split())
+    require(
+        not args.check_statics or has_ours, "systems", args.systems, f"{OURS}, to check statics"
+    )
+    return args
+
+
+def _flags(args: argparse.Namespace) -> str:
+    """Those that say how loads were measured, as far as they are not as usual."""
+    usual = vars(_parser().parse_args([]))
+    words: list[str] = []
+    for name, value in vars(args).items():
+        if value != usual[name] and name not in _NOT_OF_A_LOAD:
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else [_word(value)]
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    match value:
+        case Path():
+            return value.name
+        case tuple():
+            return ",".join(map(str, value))
+        case list():
+            return " ".join(value)
+    return str(value)
+
+
+def _measured_all(given: argparse.Namespace) -> list[dict[str, Any]]:
+    args, words = _completed(given), _flags(given)
+    return [
+        _measured(args, name) | {"run": {"flags": words, **common.header(vars(args))}}
+        for name in args.workload or ["sharegpt"]
+    ]
 
 
 def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -76,7 +124,7 @@ def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
     )
     result["systems"] = {name: result_of(each, targets) for name, each in found.items()}
     rates = {one.seed: one.rate for one in found.get(OURS, ())}
-    if args.check_statics and isinstance(subjects[0], Simulated) and rates and all(rates.values()):
+    if args.check_statics and isinstance(subjects[0], Simulated) and all(rates.values()):
         result["better_statics"] = better_statics(subjects[0], rates)
     return result
 
@@ -115,12 +163,12 @@ def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
     target = SloTarget(args.slo_ttft_ms, args.slo_tpot_ms)
     given = (target.ttft_ms, target.tpot_ms)
     require(None not in given, "slo_ttft_ms and slo_tpot_ms", given, "numbers, with --model")
-    targets, ladders = SloTargets(target, attainment=args.slo_target), flags.ladders_of(args)
+    targets = SloTargets(target, attainment=args.slo_target)
     subjects = [
         Server(
             name=system,
             model=args.model,
-            flags=[*flags_of(parse(system), target, ladders, args.profile), *args.server],
+            flags=_server_flags(args, parse(system), targets),
             load=lambda seed: flags.workload_of(args, name, seed),
             timeout_s=args.timeout,
         )
@@ -132,25 +180,38 @@ def _live(args: argparse.Namespace, name: str, workload: Workload) -> _Ready:
     return subjects, targets, head
 
 
+def _server_flags(args: argparse.Namespace, system: System, targets: SloTargets) -> list[str]:
+    """Flags after -- win."""
+    limits = limits_of(
+        system,
+        chunk_tokens=args.chunk_tokens,
+        whole_tokens=args.whole_tokens,
+        max_num_seqs=args.max_num_seqs,
+    )
+    own = flags_of(system, targets, flags.ladders_of(args), args.profile)
+    return [*own, *limits, *args.server]
+
+
 def _loads_of(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["loads"]
+    """Where a file tells once how all its loads were measured, that is of each of them."""
+    result = json.loads(path.read_text())
+    of_all = {name: value for name, value in result.items() if name != "loads"}
+    return [{"run": of_all} | load for load in result["loads"]]
 
 
-def _merged(paths: Sequence[Path]) -> dict[str, Any]:
-    """One result of several: loads in the order of the files, later ones of a name win."""
-    results = [json.loads(path.read_text()) for path in paths]
-    loads = {load["workload"]: load for result in results for load in result["loads"]}
-    return results[0] | {"loads": list(loads.values())}
+def _merged(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Loads in the order of the files; later ones of a name win."""
+    return list({load["workload"]: load for path in paths for load in _loads_of(path)}.values())
 
 
-def _write(out: Path, result: dict[str, Any], text: str, *, draws: bool) -> None:
+def _write(out: Path, loads: Sequence[dict[str, Any]], text: str, *, draws: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    common.write_json(out / "goodput.json", result)
+    common.write_json(out / "goodput.json", {"loads": loads})
     (out / "goodput.md").write_text(text)
     if draws:
         from benchmarks.goodput.plots import draw
 
-        for load in result["loads"]:
+        for load in loads:
             draw(load, out)
 
 
@@ -158,7 +219,7 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.goodput",
         description=__doc__,
@@ -171,19 +232,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--start-rate", type=float, default=4.0, help="requests/s, where the first one starts [4]")
     add("--least-rate", type=float, default=0.1, help="requests/s, below is nothing [0.1]")
     add("--precision", type=float, default=0.02, help="of the rate, relative [0.02]")
-    add("--check-statics", action="store_true", help="look for static shares that do better")
+    add(
+        "--check-statics",
+        action="store_true",
+        default=None,
+        help="look for static shares that do better",
+    )
     add("--against", type=Path, help="a goodput.json to compare with")
     add("--out", type=Path, help="folder for goodput.json, goodput.md and plots")
     add("--no-plots", dest="plots", action="store_false", help="do not draw")
     add("--from", dest="saved", type=Path, action="append", help="a goodput.json to draw again")
     live = parser.add_argument_group("servers").add_argument
     live("--model", help="directory of a model: measure servers instead of simulating")
-    live("--timeout", type=float, default=600.0, help="seconds for any one wait [600]")
+    live("--timeout", type=float, help=f"seconds for any one wait [{_TIMEOUT_S:.0f}]")
     live("server", nargs="*", help="after --: flags for every server")
     flags.add_load(parser)
     flags.add_platform(parser)
     flags.add_engine(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

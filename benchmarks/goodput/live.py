@@ -27,7 +27,7 @@ from semipd_jax.simulator.traces import clip
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.policies import LADDERS
 from semipd_jax.tuner.policy import Ladders
-from semipd_jax.tuner.slo import SloTarget
+from semipd_jax.tuner.slo import SloTargets
 from semipd_server.client import AsyncClient
 from semipd_server.control_client import ControlClient
 
@@ -38,13 +38,15 @@ type Shares = dict[Phase, list[tuple[float, float]]]
 
 
 def flags_of(
-    system: System, target: SloTarget, ladders: Ladders | None, profile: Path | None
+    system: System, targets: SloTargets, ladders: Ladders | None, profile: Path | None
 ) -> list[str]:
     """Of `python -m semipd_jax.serve`. Raises ConfigError for what is no single server."""
+    target = targets.default
     flags = ["--scheduling-policy", system.order]
     if system.kind == "static":
         prefill, decode = str(system.shares.prefill), str(system.shares.decode)
-        return [*flags, "--prefill-share", prefill, "--decode-share", decode]
+        flags += ["--prefill-share", prefill, "--decode-share", decode]
+        return [*flags, "--share-ladder", "1.0"] if system.has_idle_rule else flags
     if system.kind not in POLICIES:
         require(system.kind != "disaggregated", "system", system.name, "systems of one device")
         return [*flags, "--mode", system.kind]
@@ -53,7 +55,21 @@ def flags_of(
         rungs = (ladders or LADDERS[system.kind]).of(phase)
         flags += [f"--{phase}-share-ladder", ",".join(map(str, rungs))]
     flags += ["--slo-ttft-ms", str(target.ttft_ms), "--slo-tpot-ms", str(target.tpot_ms)]
+    flags += ["--slo-target", str(targets.attainment)]
     return flags if profile is None else [*flags, "--tuner-profile", str(profile)]
+
+
+def limits_of(
+    system: System,
+    *,
+    chunk_tokens: int | None,
+    whole_tokens: int | None,
+    max_num_seqs: int | None,
+) -> list[str]:
+    """Flags of the server for what is given, as `Setup` describes it; else its own defaults."""
+    budget = whole_tokens if system.kind == "colocated" else chunk_tokens
+    limits = {"--max-num-batched-tokens": budget, "--max-num-seqs": max_num_seqs}
+    return [str(word) for limit in limits.items() if limit[1] is not None for word in limit]
 
 
 @dataclass(frozen=True, slots=True)

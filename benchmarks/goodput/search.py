@@ -1,7 +1,9 @@
-"""The search: brackets the rate by factors, then bisects; subjects take turns, seed after seed.
+"""The search: brackets the rate by factors, then bisects.
 
 Every trial of a seed replays the same requests, stretched in time, so that all subjects see the
-same load, and whatever else a machine does meanwhile hits all alike.
+same load. Subjects take turns with whole searches: one of each with the first seed, then one of
+each with the next. What lasts longer than a round hits all alike; what is shorter than a search may
+hit one of them, and shows in the spread over the seeds.
 """
 
 import math
@@ -61,7 +63,8 @@ def take_turns(
     precision: float,
     progress: Callable[[str], None],
 ) -> dict[str, list[Found]]:
-    """Subject → one search for each seed. A search starts from the rate of the one before."""
+    """Subject → one search for each seed; all subjects search before the next seed begins. A search
+    starts from the rate of the one before."""
     found: dict[str, list[Found]] = {subject.name: [] for subject in subjects}
     rate = start_rate
     for seed in seeds:

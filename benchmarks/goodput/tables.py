@@ -5,7 +5,9 @@ from typing import Any, Final
 
 from benchmarks.goodput.bootstrap import ratio_interval
 from benchmarks.goodput.results import host_ms, rates_by_seed
+from semipd_jax.config import PHASES
 from semipd_jax.simulator.report import heading, table
+from semipd_jax.tuner.window import WINDOW_SIZE
 
 FULL_STATIC: Final = "static:1,1"
 OURS: Final = "predictive+spf"
@@ -16,6 +18,7 @@ PAPER_RATIOS: Final[Mapping[str, float]] = {
     FULL_STATIC: 1.11,
 }
 """semi-PD's goodput over that of the system (arXiv 2504.19867, figure 15)."""
+_SWITCHES: Final = tuple(f"{phase}_num_switches" for phase in PHASES)
 _ABOVE: Final = ("semi-pd", "predictive", OURS)
 
 type Loads = Sequence[Mapping[str, Any]]
@@ -23,7 +26,7 @@ type Loads = Sequence[Mapping[str, Any]]
 
 
 def markdown(loads: Loads) -> str:
-    parts = [f"{heading(load)}\n" for load in loads]
+    parts = [f"{heading(load)}\n{_run(load['run'])}\n" for load in loads]
     parts += [
         "Goodput, requests per second and device (95 % interval of repetitions):\n",
         goodputs(loads),
@@ -36,9 +39,43 @@ def markdown(loads: Loads) -> str:
         if better is not None:
             names = ", ".join(better) or "none"
             parts.append(f"{load['workload']}: static pairs over 2 % better than {OURS}: {names}")
+        if still := ", ".join(_still(load["systems"])):
+            parts.append(
+                f"{load['workload']}: no share moved, which makes these static (100,100) with more "
+                f"processes: {still}{_too_short(load['num_requests'])}"
+            )
         if hosts := _host_times(load["systems"]):
             parts.append(f"{load['workload']}: CPU time beside the steps, ms per token: {hosts}")
     return "\n".join(parts) + "\n"
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    """How a load was measured, as far as is known."""
+    parts: list[str] = []
+    if "settings" in run:
+        parts.append(f"searches of each system: {run['settings']['repeat']}")
+    if "commit" in run:
+        parts.append(f"{run['date'][:10]} at {run['commit'][:12]}")
+    if flags := run.get("flags"):
+        parts.append(f"flags: `{flags}`")
+    return "; ".join(parts)
+
+
+def _still(systems: Mapping[str, Any]) -> list[str]:
+    """Systems with a policy that could have moved shares and did not, in any seed."""
+    found: list[str] = []
+    for name, result in systems.items():
+        counters = [seed["at_goodput"]["counters"] for seed in result["seeds"]]
+        switches = [c[key] for c in counters for key in _SWITCHES if key in c]
+        if switches and not any(switches) and not name.startswith("static"):
+            found.append(name)
+    return found
+
+
+def _too_short(num_requests: int) -> str:
+    if num_requests >= 2 * WINDOW_SIZE:
+        return ""
+    return f"; Algorithm 1 acts after {WINDOW_SIZE} finished requests, and there are {num_requests}"
 
 
 def agreement(loads: Loads, others: Loads) -> str:

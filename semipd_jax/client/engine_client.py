@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from semipd_jax.client.bounds import Bounds
 from semipd_jax.client.observations import ERROR, Observations, RequestTimes
 from semipd_jax.client.prompt import Prompt, PromptEncoder
 from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
@@ -26,6 +27,7 @@ from semipd_jax.errors import (
     OverloadedError,
     RequestFailedError,
     RequestNotFoundError,
+    RequestTimeoutError,
     UnavailableError,
 )
 from semipd_jax.messages import (
@@ -72,6 +74,7 @@ class EngineClient:
       layout: sizes of the running engine.
       model: its seed starts the seeds of requests that bring none.
       generation_defaults: the model's, by `load_generation_defaults`.
+      bounds: of every request.
 
     Attributes:
       tokenizer: the model's.
@@ -87,8 +90,10 @@ class EngineClient:
         tokenizer: Tokenizer,
         model: ModelConfig,
         generation_defaults: Mapping[str, Any],
+        bounds: Bounds | None = None,
     ) -> None:
         self._run_dir = run_dir
+        self._bounds = bounds or Bounds()
         self.layout = layout
         self.model = model
         self.tokenizer = tokenizer
@@ -166,7 +171,7 @@ class EngineClient:
 
         Raises:
           InvalidRequestError, DuplicateRequestError, OverloadedError, UnavailableError,
-          RequestFailedError.
+          RequestFailedError, RequestTimeoutError.
         """
         times = RequestTimes(self.observations.clock())
         try:
@@ -178,6 +183,7 @@ class EngineClient:
             self.observations.refusal(error)
             raise
         reason = FinishReason.ABORT.value
+        timer = self._limit(stream)
         try:
             while True:
                 event = await stream.next()
@@ -188,6 +194,8 @@ class EngineClient:
             reason = ERROR
             raise
         finally:
+            if timer is not None:
+                timer.cancel()
             stream.close()
             if self._forget(stream):
                 self._abort(stream.handle, FinishReason.ABORT)
@@ -304,6 +312,7 @@ class EngineClient:
         self._connected()
         _check_request_id(request_id)
         validate_scheduling(priority=priority, cache_salt=cache_salt)
+        self._bounds.check_priority(priority)
         token_ids = await self._prompts.encode(prompt)
         return Request(
             request_id=request_id,
@@ -329,6 +338,21 @@ class EngineClient:
         self._streams[handle] = stream
         self._handles[request_id] = handle
         return stream
+
+    def _limit(self, stream: Stream) -> asyncio.TimerHandle | None:
+        """Ends the request in time."""
+        timeout_s = self._bounds.timeout_s
+        if timeout_s is None:
+            return None
+
+        def end() -> None:
+            if self._forget(stream):
+                text = f"the request took longer than {timeout_s:g} s, the most that is allowed"
+                stream.refused(RequestTimeoutError(text))
+                self._abort(stream.handle, FinishReason.ABORT)
+                self.observations.gave_up(ERROR)
+
+        return asyncio.get_running_loop().call_later(timeout_s, end)
 
     def _complete(
         self, sampling: SamplingParams | Mapping[str, Any], token_ids: tuple[int, ...]

@@ -15,19 +15,23 @@ type Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or a conversation."""
 
 MAX_BYTES_PER_TOKEN: Final = 16
-"""Text longer than this times the model length is refused unread: no real text is that dense."""
+"""Text longer than this times the model length is refused unread, and what a chat template writes
+as soon as it has more characters: no real text is that dense."""
 MAX_CHAT_MESSAGES: Final = 4096
 _INLINE_SIZE: Final = 2048  # characters or ids that are quicker done than handed to a thread
 _TIMEOUT_S: Final = 60.0
 
 
 class PromptEncoder:
-    """Short texts are encoded at once, long ones and chats in threads."""
+    """Short texts are encoded at once, long ones and chats in threads. Chats have their own, so
+    that a slow template keeps no text waiting."""
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._max_size = MAX_BYTES_PER_TOKEN * max_model_len
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._chat_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="chat")
 
     async def encode(self, prompt: object, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a `Prompt`; those of a conversation always have their special tokens.
@@ -43,7 +47,7 @@ class PromptEncoder:
 
             if len(prompt) <= _INLINE_SIZE:
                 return tuple(encode_text())
-            return tuple(await self._in_thread(encode_text))
+            return tuple(await _in_thread(self._threads, encode_text))
         if not isinstance(prompt, Sequence | np.ndarray):
             raise InvalidRequestError(
                 f"the prompt is a {type(prompt).__name__}; allowed: text, token ids, or messages",
@@ -51,7 +55,11 @@ class PromptEncoder:
             )
         if len(prompt) and isinstance(prompt[0], Mapping):
             messages = self._check_chat(prompt)
-            return tuple(await self._in_thread(lambda: self._tokenizer.encode_chat(messages)))
+
+            def encode_chat() -> list[int]:
+                return self._tokenizer.encode_chat(messages, max_chars=self._max_size)
+
+            return tuple(await _in_thread(self._chat_threads, encode_chat))
         return _check_ids(prompt)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -65,20 +73,16 @@ class PromptEncoder:
         def decode() -> str:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-        return decode() if len(token_ids) <= _INLINE_SIZE else await self._in_thread(decode)
+        if len(token_ids) <= _INLINE_SIZE:
+            return decode()
+        return await _in_thread(self._threads, decode)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _in_thread[T](self, work: Callable[[], T]) -> T:
-        job = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        try:
-            return await asyncio.wait_for(job, _TIMEOUT_S)
-        except TimeoutError as error:
-            raise UnavailableError(f"tokenising took longer than {_TIMEOUT_S:.0f} s") from error
+        for threads in (self._threads, self._chat_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _check_text(self, text: str, field: str = "prompt") -> None:
-        limit = MAX_BYTES_PER_TOKEN * self._max_model_len
+        limit = self._max_size
         try:
             size = len(text) if len(text) > limit else len(text.encode())
         except UnicodeEncodeError as error:
@@ -88,6 +92,7 @@ class PromptEncoder:
                 f"the text has at least {size} bytes; allowed: at most {limit} for a model length "
                 f"of {self._max_model_len} tokens",
                 field=field,
+                is_too_long=True,
             )
 
     def _check_chat(self, messages: Sequence[Any] | np.ndarray) -> list[dict[str, str]]:
@@ -98,15 +103,24 @@ class PromptEncoder:
         checked: list[dict[str, str]] = []
         for message in messages:
             fields = dict(message) if isinstance(message, Mapping) else {}
-            if fields.keys() != {"role", "content"} or not all(map(_is_str, fields.values())):
+            names = fields.keys() - {"name"}
+            if names != {"role", "content"} or not all(map(_is_str, fields.values())):
                 raise InvalidRequestError(
-                    f"message {len(checked)} is {message!r:.80}; allowed: a role and a content, "
-                    "both strings",
+                    f"message {len(checked)} is {message!r:.80}; allowed: a role, a content and "
+                    "perhaps a name, all strings",
                     field="chat",
                 )
             checked.append(fields)
-        self._check_text("".join(m["role"] + m["content"] for m in checked), field="chat")
+        self._check_text("".join(text for m in checked for text in m.values()), field="chat")
         return checked
+
+
+async def _in_thread[T](threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    job = asyncio.get_running_loop().run_in_executor(threads, work)
+    try:
+        return await asyncio.wait_for(job, _TIMEOUT_S)
+    except TimeoutError as error:
+        raise UnavailableError(f"tokenising took longer than {_TIMEOUT_S:.0f} s") from error
 
 
 def _check_ids(token_ids: Iterable[Any]) -> tuple[int, ...]:

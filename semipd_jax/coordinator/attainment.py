@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,7 +14,16 @@ from semipd_jax.tuner.policy import FinishedRequest
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
 WINDOW_S: Final = 60.0
-_MAX_RECENT: Final = 1024
+_MAX_TIMES: Final = 1024
+
+
+@dataclass(slots=True)
+class _Second:
+    """Requests that ended within a second."""
+
+    began_s: float
+    num_ended: int = 0
+    num_met: int = 0
 
 
 class Attainment:
@@ -21,7 +31,8 @@ class Attainment:
 
     def __init__(self) -> None:
         self._num_ended = self._num_met = self._num_ttft_met = self._num_tpot_met = 0
-        self._recent: deque[tuple[float, FinishedRequest | None, bool]] = deque(maxlen=_MAX_RECENT)
+        self._seconds: deque[_Second] = deque()
+        self._times: deque[tuple[float, FinishedRequest]] = deque(maxlen=_MAX_TIMES)
 
     def add(self, ending: Ending, targets: SloTargets, now_s: float) -> FinishedRequest | None:
         """Takes in a request's end; its times, unless its client left or it failed."""
@@ -56,13 +67,13 @@ class Attainment:
         return SloCounts(self._num_ended, self._num_met, self._num_ttft_met, self._num_tpot_met)
 
     def recent(self, now_s: float) -> RecentRequests:
-        while self._recent and self._recent[0][0] < now_s - WINDOW_S:
-            self._recent.popleft()
-        served = [times for _, times, _ in self._recent if times is not None]
+        """Of the last `WINDOW_S`; percentiles of the latest `_MAX_TIMES` of them at most."""
+        self._forget(now_s)
+        served = [times for _, times in self._times]
         return RecentRequests(
             WINDOW_S,
-            len(self._recent),
-            sum(is_met for _, _, is_met in self._recent),
+            sum(second.num_ended for second in self._seconds),
+            sum(second.num_met for second in self._seconds),
             _percentiles([times.ttft_s for times in served]),
             _percentiles([times.tpot_s for times in served if times.tpot_s is not None]),
         )
@@ -70,7 +81,19 @@ class Attainment:
     def _take(self, now_s: float, times: FinishedRequest | None, *, is_met: bool) -> None:
         self._num_ended += 1
         self._num_met += is_met
-        self._recent.append((now_s, times, is_met))
+        if not self._seconds or self._seconds[-1].began_s <= now_s - 1:
+            self._forget(now_s)
+            self._seconds.append(_Second(now_s))
+        self._seconds[-1].num_ended += 1
+        self._seconds[-1].num_met += is_met
+        if times is not None:
+            self._times.append((now_s, times))
+
+    def _forget(self, now_s: float) -> None:
+        while self._seconds and self._seconds[0].began_s < now_s - WINDOW_S:
+            self._seconds.popleft()
+        while self._times and self._times[0][0] < now_s - WINDOW_S:
+            self._times.popleft()
 
     def _judge(self, times: FinishedRequest, target: SloTarget) -> bool:
         in_time = target.ttft_is_met(times.ttft_s)

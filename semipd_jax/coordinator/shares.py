@@ -6,8 +6,8 @@ from semipd_jax.config import Lane, Phase, ShareConfig, SharePolicy
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import Choice, ToWorker
 from semipd_jax.tuner.policy import FinishedRequest
+from semipd_jax.tuner.refined import PredictionError
 from semipd_jax.tuner.slo import SloTargets
-from semipd_jax.tuner.tuner import PredictionError
 
 
 class ShareControl[L: Lane]:
@@ -16,7 +16,8 @@ class ShareControl[L: Lane]:
     What it is told of steps and requests is for those who choose shares by them.
 
     Attributes:
-      asked: the share of each lane while all have work, in the order of planning.
+      configured: the share of each lane before anybody changed it, in the order of planning.
+      asked: the share of each lane while all have work.
       rungs: shares whose workers are kept warm, whatever is asked for.
       policy: who chooses what is asked for.
       targets: what was promised.
@@ -26,7 +27,8 @@ class ShareControl[L: Lane]:
     def __init__(
         self, config: ShareConfig, lanes: Iterable[L], targets: SloTargets | None = None
     ) -> None:
-        self.asked: dict[L, float] = {lane: config.share(lane) for lane in lanes}
+        self.configured: dict[L, float] = {lane: config.share(lane) for lane in lanes}
+        self.asked = dict(self.configured)
         self.rungs: dict[L, frozenset[float]] = {
             lane: frozenset(config.rungs(lane)) for lane in self.asked
         }

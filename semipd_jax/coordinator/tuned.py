@@ -4,7 +4,6 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Final
 
 import msgspec
@@ -13,8 +12,9 @@ from semipd_jax.config import PHASES, Phase, ShareConfig, SharePolicy
 from semipd_jax.coordinator.overlap import Overlaps
 from semipd_jax.coordinator.shares import ShareControl
 from semipd_jax.messages import OTHER_PHASE, Choice, MixedStep, ToWorker
+from semipd_jax.scheduler.prefill import in_order
 from semipd_jax.scheduler.scheduler import Scheduler
-from semipd_jax.scheduler.state import SchedulerState, pages_for
+from semipd_jax.scheduler.state import SchedulerState, Stage, pages_for
 from semipd_jax.tuner.latency import Sample
 from semipd_jax.tuner.policy import Decision, FinishedRequest, Observation, Shares
 from semipd_jax.tuner.slo import SloTargets
@@ -77,11 +77,13 @@ class TunedShares(ShareControl[Phase]):
     def set_policy(self, policy: SharePolicy, targets: SloTargets) -> None:
         now = Shares(self.asked["prefill"], self.asked["decode"])
         self._tuner = self._tuner_of(policy, targets, now)
+        if policy == "static" and self.policy != "static":
+            self.asked.update(self.configured)  # not what suited the policy's latest step
         self.policy, self.targets = policy, targets
         self._latest = None
         self._finished = []
-        if self._tuner is not None:
-            self.errors = self._tuner.errors
+        if self._tuner is not None and self._tuner.refined is not None:
+            self.errors = self._tuner.refined.errors
 
     def choice(self, now_s: float) -> Choice | None:
         if self._latest is None:
@@ -123,7 +125,7 @@ class TunedShares(ShareControl[Phase]):
         )
         self._finished = []
         self._take(decision, phase)
-        return self.asked[phase]
+        return super().wanted(phase, is_alone=is_alone)
 
     def _decoding_priorities(self) -> frozenset[int]:
         found: set[int] = set()
@@ -136,21 +138,28 @@ class TunedShares(ShareControl[Phase]):
         self._latest = _Decided(decision, phase, now_s)
         if share == self.asked[phase]:
             return
-        if now_s - self._logged_s < _LOG_EVERY_S:
-            self._num_unlogged += 1
-        else:
+        self._log(decision, phase, now_s)
+        self.asked[phase] = share
+
+    def _log(self, decision: Decision, phase: Phase, now_s: float) -> None:
+        """At the level info once a second at most; all others at the level debug."""
+        is_due = now_s - self._logged_s >= _LOG_EVERY_S
+        level = logging.INFO if is_due else logging.DEBUG
+        if _log.isEnabledFor(level):
             record = {
                 "phase": phase,
                 "from": self.asked[phase],
-                "to": share,
+                "to": decision.shares.of(phase),
                 "policy": self.policy,
                 **decision.record(),
-                "not_logged": self._num_unlogged,
+                "not_at_info": self._num_unlogged,
             }
             text = msgspec.json.encode(record).decode()
-            _log.info("share changes: %s", text, extra={"fields": record})
+            _log.log(level, "share changes: %s", text, extra={"fields": record})
+        if is_due:
             self._logged_s, self._num_unlogged = now_s, 0
-        self.asked[phase] = share
+        else:
+            self._num_unlogged += 1
 
     # ------------------------------------------------------------ after a step
 
@@ -187,7 +196,7 @@ def kv_demand(state: SchedulerState) -> float:
     """
     left = state.pages.num_available
     for request in state.waiting:
-        left -= pages_for(len(request.token_ids), state.limits.page_size)
+        left -= pages_for(len(request.token_ids) - request.num_found_held, state.limits.page_size)
         if left <= 0:
             return 1.0
     return 1 - left / (state.limits.num_pages - 1)
@@ -204,11 +213,12 @@ def upcoming_decode(state: SchedulerState) -> Work | None:
 
 
 def upcoming_prefill(state: SchedulerState) -> Work | None:
-    """The next prefill step, if the cache holds nothing of those that wait and all find room."""
+    """The next prefill step, if the cache still holds what it did when requests were queued, and
+    all find room."""
     left = state.limits.max_num_batched_tokens
     rows = tokens = contexts = pairs = 0
-    for request in chain(state.prefilling, state.waiting):
-        start = request.num_scheduled
+    for request in in_order(state):
+        start = request.num_found if request.stage is Stage.WAITING else request.num_scheduled
         num = min(left, len(request.token_ids) - start)
         if num <= 0:
             continue

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from semipd_jax.errors import StartupError
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
@@ -60,6 +62,19 @@ class ModelSpec:
     weights: tuple[WeightSpec, ...]
     kv_layout: Callable[[int], tuple[KVArray, ...]]
     """page_size → the arrays of one layer's cache (every layer has the same)."""
+
+    def max_len(self, asked: int | None) -> int:
+        """Most tokens of a request: the model's own limit, unless less is asked for.
+
+        Raises:
+          StartupError: more is asked for.
+        """
+        if asked is not None and asked > self.max_model_len:
+            raise StartupError(
+                f"max_model_len is {asked}; allowed: 2 to {self.max_model_len}, the model's own "
+                "limit"
+            )
+        return self.max_model_len if asked is None else asked
 
 
 @dataclass(frozen=True, slots=True)

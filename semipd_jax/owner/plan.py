@@ -42,7 +42,7 @@ def plan_memory(
     """
     asked = config.model.dtype
     dtype = asked if asked != "auto" else default_dtype or spec.checkpoint_dtype
-    max_model_len = _max_model_len(spec, config)
+    max_model_len = spec.max_len(config.model.max_model_len)
     num_rows = config.scheduler.max_num_seqs + 1
     page_size = config.cache.page_size or default_page_size
     weights = lay_out(WEIGHTS, ((weight.path, weight.shape, dtype) for weight in spec.weights))
@@ -97,17 +97,6 @@ def activation_bytes(spec: ModelSpec, config: EngineConfig) -> int:
         num_tokens, num_rows = num_tokens + num_rows, 2 * num_rows
     dims = [dim for weight in spec.weights for dim in weight.shape if dim != spec.vocab_size]
     return 4 * _LIVE_ACTIVATIONS * (num_tokens * max(dims, default=1) + num_rows * spec.vocab_size)
-
-
-def _max_model_len(spec: ModelSpec, config: EngineConfig) -> int:
-    asked = config.model.max_model_len
-    if asked is None:
-        return spec.max_model_len
-    if asked > spec.max_model_len:
-        raise StartupError(
-            f"max_model_len is {asked}; allowed: 2 to {spec.max_model_len}, the model's own limit"
-        )
-    return asked
 
 
 def summary(plan: MemoryPlan, budget: Budget) -> str:

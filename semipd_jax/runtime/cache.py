@@ -10,7 +10,6 @@ import json
 import os
 import platform as host
 import re
-import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Final
 import jax
 
 from semipd_jax.config import Platform
-from semipd_jax.errors import ConfigError
+from semipd_jax.runtime.cache_dir import cache_root, make_private
 
 _HIT_EVENT: Final = "/jax/compilation_cache/cache_hits"
 _MISS_EVENT: Final = "/jax/compilation_cache/cache_misses"
@@ -46,15 +45,11 @@ class CacheUse:
 def enable_cache(directory: str | None, platform: Platform) -> Path:
     """Keeps every compiled program under `directory`, or ~/.cache/semipd_jax; returns where.
 
-    The backend must be running. Programs are machine code that we run, so nobody else may write
-    there: raises ConfigError if a directory belongs to another user or is writable by others. A
-    damaged entry is compiled anew; processes that compile the same program write the same entry.
+    The backend must be running. Raises ConfigError if a directory is not private. A damaged entry
+    is compiled anew; processes that compile the same program write the same entry.
     """
-    root = Path(directory) if directory else Path.home() / ".cache" / "semipd_jax"
-    path = root / directory_name(platform, fingerprint(platform))
-    for part in (root, path):
-        part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(part)
+    path = cache_root(directory) / directory_name(platform, fingerprint(platform))
+    make_private(path)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -82,15 +77,6 @@ def fingerprint(platform: Platform) -> dict[str, str]:
 def directory_name(platform: Platform, parts: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return "-".join([platform, *([f"{parts['sms']}sm"] if "sms" in parts else []), digest])
-
-
-def _check_private(path: Path) -> None:
-    info = path.stat()
-    if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"compile_cache_dir is {str(path)!r}; allowed: a directory of this user that nobody "
-            "else may write to"
-        )
 
 
 def _packages() -> dict[str, str]:

@@ -26,7 +26,7 @@ def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> lis
     free = state.pages.num_available
     outlook = Outlook(state) if state.waiting and state.free_rows else None
     chunks: list[Chunk] = []
-    for request in _in_order(state):
+    for request in in_order(state):
         waits = request.stage is Stage.WAITING
         if budget == 0:
             break
@@ -47,7 +47,7 @@ def plan_prefill(state: SchedulerState, *, max_tokens: int | None = None) -> lis
     return chunks
 
 
-def _in_order(state: SchedulerState) -> Iterator[RequestState]:
+def in_order(state: SchedulerState) -> Iterator[RequestState]:
     """Requests with tokens to send, and as many of the waiting ones as there are rows."""
     limits = state.limits
 

@@ -107,8 +107,6 @@ class Scheduler:
         `constraint` has the mask of the first token.
         """
         state = self.state
-        if (reason := refusal(request, state)) is not None:
-            return reason
         prompt, sampling = request.prompt_token_ids, request.sampling
         room = state.limits.max_model_len - len(prompt)
         stop_ids = frozenset(sampling.stop_token_ids)
@@ -127,6 +125,8 @@ class Scheduler:
             page_keys=PageKeys(state.limits.page_size, request.cache_salt),
             constraint=constraint,
         )
+        if (reason := refusal(new, state)) is not None:
+            return reason
         self._num_submitted += 1
         state.requests[client, handle] = new
         self._enqueue(new)
@@ -264,9 +264,12 @@ class Scheduler:
     # ------------------------------------------------------------ changes of the state
 
     def _enqueue(self, request: RequestState) -> None:
-        state = self.state
-        cached = len(state.cached_pages(request)) * state.limits.page_size
-        state.enqueue(request, rank(request, len(request.token_ids) - cached, state.limits))
+        state, cached = self.state, self.state.cached_pages(request)
+        num_held = len(cached) - state.pages.num_unreferenced(cached)
+        request.num_found = len(cached) * state.limits.page_size
+        request.num_found_held = num_held * state.limits.page_size
+        num_to_compute = len(request.token_ids) - request.num_found
+        state.enqueue(request, rank(request, num_to_compute, state.limits))
 
     def _admit(self, chunk: Chunk, *, now_s: float) -> None:
         state, request = self.state, chunk.request

@@ -79,6 +79,8 @@ class RequestState:
       constraint: None if its output is free.
       rank: its place in the queue while it waits.
       num_scheduled: leading tokens whose KV a sent step has written or will write, or was cached.
+      num_found, num_found_held: leading tokens whose KV was there when the request was last queued,
+        and those of them whose pages others held.
       num_cached: leading tokens whose KV was there when the request was last admitted.
       num_sealed: leading pages that are full, whose KV is known to be written: it writes them no
         more.
@@ -104,6 +106,8 @@ class RequestState:
     row: int = SCRATCH_ROW
     page_ids: list[int] = field(default_factory=list[int])
     num_scheduled: int = 0
+    num_found: int = 0
+    num_found_held: int = 0
     num_cached: int = 0
     num_sealed: int = 0
     steps: set[int] = field(default_factory=set[int])

@@ -1,7 +1,11 @@
-"""Command-line flags that describe a load, a device and the engines to compare on it."""
+"""Command-line flags that describe a load, a device and the engines to compare on it.
+
+Those of `add_platform` and `add_engine` are None where they are not given, until `completed` has
+seen that each of them has an effect.
+"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -23,18 +27,25 @@ _KNOWN: Final = (*workloads.SYNTHETIC, FLIPPING)
 _SYNTHETIC_MAX_LEN: Final = 8192
 _TRACE_MAX_LEN: Final = 131072
 
+_OF_MODELS: Final = {"hardware": "h100-llama-3-8b", "sharing": "conserving"}
+_OF_PROFILES: Final = {"kv_tokens": None, "block_size": 16, "hop_ms": 1.0}
+_OF_ALL: Final = {"host_ms": None, "noise": 0.03, "slo_factor": TIGHT}
+_OF_ENGINES: Final = {"chunk_tokens": 1024, "whole_tokens": 8192, "max_num_seqs": 512}
+SIMULATED: Final = (*_OF_MODELS, *_OF_PROFILES, *_OF_ALL)
+"""Flags that mean nothing to a server."""
+
 
 def add_load(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("load").add_argument
-    add("--num-requests", type=int, default=2000, help="of a load, or of each part of a trace")
-    add("--flip-every", type=int, default=1200, help="requests between flips of the flipping load")
+    add("--num-requests", type=int, default=2000, help="of each load or part of a trace [2000]")
+    add("--flip-every", type=int, default=400, help="requests between flips of flipping [400]")
     add("--max-len", type=int, help="longer requests are cut")
-    add("--length-scale", type=float, default=1.0, help="factor of all lengths")
+    add("--length-scale", type=float, default=1.0, help="factor of all lengths [1]")
     add("--slo-ttft-ms", type=float, help="target [--slo-factor times a request alone]")
     add("--slo-tpot-ms", type=float, help="target [--slo-factor times a request alone]")
-    add("--slo-factor", type=float, default=TIGHT, help="of modelled targets that are not given")
-    add("--slo-target", type=float, default=0.9, help="share of requests that should meet both")
-    add("--seed", type=int, default=0, help="of what is drawn; of a trace, which part is taken")
+    add("--slo-factor", type=float, help=f"of simulated targets that are not given [{TIGHT}]")
+    add("--slo-target", type=float, default=0.9, help="share that should meet both [0.9]")
+    add("--seed", type=int, default=0, help="of what is drawn; of a trace, which part [0]")
 
 
 def load_names() -> str:
@@ -44,35 +55,50 @@ def load_names() -> str:
 def add_platform(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("simulated device").add_argument
     known = ", ".join(hardware.shipped())
-    add("--hardware", default="h100-llama-3-8b", help=f"{known}, or a file; modelled")
+    add("--hardware", help=f"{known}, or a file; modelled [{_OF_MODELS['hardware']}]")
     add(
         "--sharing",
         choices=("normalised", "conserving"),
-        default="conserving",
-        help="what becomes of modelled shares that do not fit: two bounds",
+        help="what becomes of modelled shares that do not fit: two bounds [conserving]",
     )
     add("--profile", type=Path, help="a latency profile, instead of --hardware")
     add("--kv-tokens", type=int, help="with --profile: size of the pool")
-    add("--block-size", type=int, default=16, help="with --profile: tokens per page")
-    add("--hop-ms", type=float, default=1.0, help="with --profile: from a reply to the next step")
-    add(
-        "--host-ms",
-        type=float,
-        help="with --profile of a CPU: its time that other processes take for each token [0]",
-    )
-    add("--noise", type=float, default=0.03, help="standard deviation of log step times")
+    add("--block-size", type=int, help="with --profile: tokens per page [16]")
+    add("--hop-ms", type=float, help="with --profile: from a reply to the next step [1]")
+    add("--host-ms", type=float, help="of a CPU that other processes take for each token [0]")
+    add("--noise", type=float, help="standard deviation of log step times [0.03]")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("simulated engines").add_argument
+    add = parser.add_argument_group("engines").add_argument
     default = ", ".join(f"{p} {_text(LADDERS['predictive'].of(p))}" for p in PHASES)
     text = f"shares of both phases [what suits the policy; predictive: {default}]"
     add("--share-ladder", type=_shares, help=text)
     add("--prefill-share-ladder", type=_shares, help="the same for prefill alone")
     add("--decode-share-ladder", type=_shares, help="the same for decode alone")
-    add("--chunk-tokens", type=int, default=1024, help="of semi-PD's prefill and of chunked steps")
-    add("--whole-tokens", type=int, default=8192, help="of prefill steps without chunks")
-    add("--max-num-seqs", type=int, default=512, help="requests that run at once")
+    add("--chunk-tokens", type=int, help="of semi-PD's prefill and of chunked steps [1024]")
+    add("--whole-tokens", type=int, help="of prefill steps without chunks [8192]")
+    add("--max-num-seqs", type=int, help="requests that run at once [512]")
+
+
+def completed(args: argparse.Namespace) -> argparse.Namespace:
+    """Of a simulation, with defaults. Raises ConfigError for a flag that would do nothing."""
+    if args.profile is None:
+        defaults = _OF_MODELS
+        refuse(args, _OF_PROFILES, "only with --profile")
+    else:
+        defaults = _OF_PROFILES
+        refuse(args, _OF_MODELS, "only without --profile")
+        require(args.kv_tokens is not None, "kv_tokens", None, "a number of tokens, with --profile")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**(vars(args) | _OF_ALL | _OF_ENGINES | defaults | given))
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], allowed: str) -> None:
+    """Raises ConfigError if one of these was given."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is None, "--" + name.replace("_", "-"), value, allowed)
 
 
 def workload_of(args: argparse.Namespace, name: str, seed: int) -> Workload:
@@ -80,14 +106,15 @@ def workload_of(args: argparse.Namespace, name: str, seed: int) -> Workload:
     trace, of so many requests each."""
     if name in _KNOWN:
         max_len = args.max_len or _SYNTHETIC_MAX_LEN
-        rows = workloads.drawn(name, _lengths(args, name), max_len=max_len, seed=seed).rows
+        load = workloads.drawn(name, _lengths(args, name), max_len=max_len, seed=seed)
     else:
         path = Path(name)
         require(path.is_file(), "workload", name, load_names())
         rows, _ = traces.clip(_part(path, args.num_requests, seed), args.max_len or _TRACE_MAX_LEN)
-        name = path.stem
-    scaled = traces.scale(list(rows), time_scale=1.0, length_scale=args.length_scale)
-    return Workload(name, tuple(scaled), traces.hash_block_len(args.length_scale))
+        load = Workload(path.stem, tuple(rows))
+    scaled = traces.scale(list(load.rows), time_scale=1.0, length_scale=args.length_scale)
+    block_len = traces.hash_block_len(args.length_scale)
+    return replace(load, rows=tuple(scaled), hash_block_len=block_len)
 
 
 def _part(path: Path, num_requests: int, number: int) -> list[TraceRow]:
@@ -106,7 +133,7 @@ def _lengths(args: argparse.Namespace, name: str) -> Sequence[workloads.Lengths]
 
 
 def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
-    """Targets that are not given follow from the load."""
+    """Of `completed` flags. Targets that are not given follow from the load."""
     device = _platform(args)
     target = multiple_of_alone(device.machine, workload, args.slo_factor)
     if args.slo_ttft_ms is not None:
@@ -133,15 +160,16 @@ def ladders_of(args: argparse.Namespace) -> Ladders | None:
 
 
 def _platform(args: argparse.Namespace) -> Platform:
+    host_s = (args.host_ms or 0.0) / 1e3
     if args.profile is None:
-        return platform.modelled(hardware.read(args.hardware), args.sharing)
-    require(args.kv_tokens is not None, "kv_tokens", None, "a number of tokens, with --profile")
+        device = platform.modelled(hardware.read(args.hardware), args.sharing)
+        return replace(device, host_s=host_s)
     return platform.profiled(
         profile.from_json(args.profile.read_bytes()),
         kv_tokens=args.kv_tokens,
         page_size=args.block_size,
         hop_s=args.hop_ms / 1e3,
-        host_s=(args.host_ms or 0.0) / 1e3,
+        host_s=host_s,
     )
 
 

@@ -52,6 +52,7 @@ def header(
         "notes": list(notes),
         "workload": workload.name,
         "num_requests": len(workload.rows),
+        "num_segments": workload.num_segments,
         "mean_input_tokens": sum(inputs) / len(inputs),
         "mean_output_tokens": sum(outputs) / len(outputs),
         "slo": {
@@ -76,10 +77,12 @@ def heading(head: Mapping[str, Any]) -> str:
         for name, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"))
         if slo[key] is not None
     ]
+    segments = head.get("num_segments", 1)
+    flips = f" in {segments} segments of unlike lengths" if segments > 1 else ""
+    tokens = f"{head['mean_input_tokens']:.0f} + {head['mean_output_tokens']:.0f} tokens on average"
     return (
         f"{ORIGINS[head['origin']]}: {head['platform']}\n"
-        f"{head['workload']}: {head['num_requests']} requests, {head['mean_input_tokens']:.0f} + "
-        f"{head['mean_output_tokens']:.0f} tokens on average; "
+        f"{head['workload']}: {head['num_requests']} requests{flips}, {tokens}; "
         f"{' and '.join(limits) or 'no targets'} for {slo['attainment']:.0%}"
     )
 

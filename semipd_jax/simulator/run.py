@@ -1,8 +1,9 @@
-"""One run: a load through an engine, until every request has ended."""
+"""One run: a load through an engine, until every request has ended or a goal is out of reach."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -10,10 +11,14 @@ from jaxtyping import Bool, Float64
 from semipd_jax.messages import Phase
 from semipd_jax.request import Request, SamplingParams
 from semipd_jax.simulator.engines import Engine, Finished, Report
+from semipd_jax.simulator.misses import Misses
+from semipd_jax.simulator.traces import TraceRow
 from semipd_jax.simulator.workloads import Prompts, Workload
 from semipd_jax.tuner.slo import SloTarget
 
 type Build = Callable[[Report], Engine]
+
+_ROUNDING: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,17 @@ class Outcome:
         return float((in_time & paced).mean())
 
 
-def run(workload: Workload, build: Build) -> Outcome:
-    """Simulates the whole load.
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a run is for: once its attainment is bound to end up below `attainment`, it ends."""
+
+    target: SloTarget
+    attainment: float
+
+
+def run(workload: Workload, build: Build, goal: Goal | None = None) -> Outcome:
+    """Simulates the whole load, or as much of it as shows that `goal` is out of reach: what has not
+    ended by then counts as not served.
 
     Raises:
       RuntimeError: requests are left although nothing happens any more.
@@ -53,20 +67,25 @@ def run(workload: Workload, build: Build) -> Outcome:
     rows, prompts = workload.rows, Prompts(workload)
     ended: list[Finished | None] = [None] * len(rows)
     num_left, last_s, now_s = len(rows), 0.0, 0.0
+    misses, most_misses = _allowed(rows, goal)
 
     def report(finished: Finished) -> None:
         nonlocal num_left, last_s
-        ended[finished.handle] = finished
+        number = finished.handle
+        ended[number] = finished
         num_left -= 1
         last_s = now_s
+        ttft_s, tpot_s, _ = _times(rows[number], finished)
+        misses.ended(number, ttft_s=ttft_s, tpot_s=tpot_s)
 
     engine = build(report)
     number = 0
-    while num_left:
+    while num_left and misses.num <= most_misses:
         arrival_s = rows[number].arrival_s if number < len(rows) else math.inf
         now_s = min(arrival_s, engine.next_s)
         if now_s == math.inf:
             raise RuntimeError(f"{num_left} requests are stuck at {last_s:.3f} s")
+        misses.pass_to(now_s)
         engine.advance(now_s)
         if now_s == arrival_s:
             row = rows[number]
@@ -81,18 +100,27 @@ def run(workload: Workload, build: Build) -> Outcome:
     return _outcome(workload, ended, last_s, engine)
 
 
+def _allowed(rows: Sequence[TraceRow], goal: Goal | None) -> tuple[Misses, float]:
+    """How many may miss. Without a goal, all: no target can be missed."""
+    if goal is None:
+        return Misses(rows, SloTarget()), math.inf
+    return Misses(rows, goal.target), (1 - goal.attainment) * len(rows) + _ROUNDING
+
+
 def _outcome(
     workload: Workload, ended: list[Finished | None], last_s: float, engine: Engine
 ) -> Outcome:
-    num = len(ended)
-    ttft, tpot, e2e = (np.full(num, np.nan) for _ in range(3))
-    for i, (row, finished) in enumerate(zip(workload.rows, ended, strict=True)):
-        if finished is None or finished.timings is None:
-            continue
-        t = finished.timings
-        ttft[i] = t.queue_s + t.prefill_s
-        e2e[i] = ttft[i] + t.decode_s
-        if row.output_len > 1:
-            tpot[i] = t.decode_s / (row.output_len - 1)
+    times = [_times(row, finished) for row, finished in zip(workload.rows, ended, strict=True)]
+    ttft, tpot, e2e = np.array(times, dtype=float).T  # None becomes NaN
     duration_s = last_s - workload.rows[0].arrival_s
     return Outcome(ttft, tpot, e2e, ~np.isnan(ttft), duration_s, engine.counters(), engine.shares)
+
+
+def _times(row: TraceRow, finished: Finished | None) -> tuple[float, float | None, float]:
+    """TTFT, TPOT if there is one, and all of it, in seconds; NaN if the request was not served."""
+    if finished is None or finished.timings is None:
+        return math.nan, math.nan, math.nan
+    t = finished.timings
+    ttft_s = t.queue_s + t.prefill_s
+    tpot_s = t.decode_s / (row.output_len - 1) if row.output_len > 1 else None
+    return ttft_s, tpot_s, ttft_s + t.decode_s

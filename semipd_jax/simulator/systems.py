@@ -2,14 +2,23 @@
 
 `static:X,Y`, `semi-pd`, `semi-pd-replan` and `predictive` are semi-PD engines with that policy;
 `colocated`, `chunked` and `disaggregated` are what they are compared with. `+spf` after any of them
-prefills the shortest remainder first.
+prefills the shortest remainder first. With `static:X,Y+idle` each phase has a second worker, with
+all of the device, which takes its steps while the other phase has nothing to do; without, its share
+is all it ever has. Both may be given, in any order.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from semipd_jax.config import POLICIES, SchedulingPolicy, ShareConfig, SharePolicy, require
+from semipd_jax.config import (
+    PHASES,
+    POLICIES,
+    SchedulingPolicy,
+    ShareConfig,
+    SharePolicy,
+    require,
+)
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.simulator.engines import (
     Disaggregated,
@@ -20,10 +29,11 @@ from semipd_jax.simulator.engines import (
     SemiPd,
 )
 from semipd_jax.simulator.platform import Platform
-from semipd_jax.simulator.run import Build, Outcome, run
+from semipd_jax.simulator.run import Build, Goal, Outcome, run
 from semipd_jax.simulator.workloads import Workload
 from semipd_jax.tuner.policies import LADDERS, make_tuner
 from semipd_jax.tuner.policy import FULL, Ladders, Shares
+from semipd_jax.tuner.refined import RefinedModel
 from semipd_jax.tuner.slo import SloTargets
 from semipd_jax.tuner.tuner import Tuner
 
@@ -62,12 +72,14 @@ class System:
     Attributes:
       kind: a policy of semi-PD, or a baseline.
       shares: of `static`.
+      has_idle_rule: of `static`: whether a phase alone takes all.
     """
 
     name: str
     kind: str
     order: SchedulingPolicy = "fcfs"
     shares: Shares = FULL
+    has_idle_rule: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -76,26 +88,31 @@ class System:
 
 def parse(name: str) -> System:
     """Raises ConfigError that lists what is allowed."""
-    base, plus, order = name.partition("+")
+    base, *options = name.split("+")
     kind, colon, shares = base.partition(":")
     kinds = (*POLICIES, *BASELINES)
     require(kind in kinds, "system", name, ", ".join(kinds) + ", with +spf or without")
-    require(not plus or order == "spf", "system", name, "nothing or spf after +")
+    known = {"spf", "idle"} if kind == "static" else {"spf"}
+    is_known = known.issuperset(options) and len(set(options)) == len(options)
+    require(is_known, "system", name, "after +, once each: spf and, for static, idle")
     require(not colon or kind == "static", "system", name, "shares for static only")
     given = FULL
     if colon:
         parts = shares.split(",")
         require(len(parts) == 2, "system", name, "static:PREFILL,DECODE")
         given = Shares(*map(float, parts))
-    return System(name, kind, "spf" if plus else "fcfs", given)
+    return System(name, kind, "spf" if "spf" in options else "fcfs", given, "idle" in options)
 
 
-def run_at(system: System, setup: Setup, workload: Workload, rate: float) -> Outcome:
+def run_at(
+    system: System, setup: Setup, workload: Workload, rate: float, goal: Goal | None = None
+) -> Outcome:
     """
     Args:
       rate: requests per second and device.
+      goal: see `run`.
     """
-    return run(workload.at(rate * system.num_devices), build(system, setup, workload))
+    return run(workload.at(rate * system.num_devices), build(system, setup, workload), goal)
 
 
 def build(system: System, setup: Setup, workload: Workload) -> Build:
@@ -136,9 +153,10 @@ def _num_processes(system: System, ladders: Ladders) -> int:
     """On one device. Rungs of the published ladder are started when needed: active and spare."""
     if system.kind in BASELINES:
         return 1
-    if system.kind == "static":
-        return 2
-    return 4 if system.kind == "semi-pd-replan" else ladders.num_workers
+    if system.kind == "semi-pd-replan":
+        return 4
+    shares = _share_config(system, ladders)
+    return sum(len(shares.rungs(phase)) for phase in PHASES)
 
 
 def _budget(system: System, setup: Setup) -> int:
@@ -158,14 +176,21 @@ def _baseline(system: System, environment: Environment, platform: Platform) -> E
 
 def _semi_pd(system: System, environment: Environment, setup: Setup, ladders: Ladders) -> Engine:
     policy, targets = _POLICIES[system.kind], setup.targets
-    shares = ShareConfig(prefill_ladder=ladders.prefill, decode_ladder=ladders.decode)
-    if policy == "static":
-        shares = ShareConfig(prefill=system.shares.prefill, decode=system.shares.decode)
 
     def tuner_of(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
         if policy == "static":
             return None
-        model = setup.platform.predictor() if policy == "predictive" else None
+        model = RefinedModel(setup.platform.predictor()) if policy == "predictive" else None
         return make_tuner(policy, ladders=ladders, targets=targets, model=model, start=start)
 
-    return SemiPd(environment, shares, policy, targets, tuner_of)
+    return SemiPd(environment, _share_config(system, ladders), policy, targets, tuner_of)
+
+
+def _share_config(system: System, ladders: Ladders) -> ShareConfig:
+    if system.kind != "static":
+        return ShareConfig(prefill_ladder=ladders.prefill, decode_ladder=ladders.decode)
+    return ShareConfig(
+        prefill=system.shares.prefill,
+        decode=system.shares.decode,
+        ladder=(1.0,) if system.has_idle_rule else (),
+    )

@@ -7,6 +7,7 @@ Llama models is based on; the spread is an assumption.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import log
 from typing import Final
 
@@ -46,12 +47,14 @@ class Workload:
 
     Attributes:
       hash_block_len: prompt tokens of each hash of a row.
+      num_segments: parts between which the distribution of lengths changes.
       rate: requests per second as they are.
     """
 
     name: str
     rows: tuple[TraceRow, ...]
     hash_block_len: int = HASH_BLOCK_TOKENS
+    num_segments: int = 1
 
     @property
     def rate(self) -> float:
@@ -78,7 +81,8 @@ def drawn(name: str, lengths: Sequence[Lengths], *, max_len: int, seed: int) -> 
         for i, (at, kind) in enumerate(zip(arrivals, lengths, strict=True))
     ]
     clipped, _ = clip(rows, max_len)
-    return Workload(name, tuple(clipped))
+    num_flips = sum(before != after for before, after in pairwise(lengths))
+    return Workload(name, tuple(clipped), num_segments=1 + num_flips)
 
 
 class Prompts:

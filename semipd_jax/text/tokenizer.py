@@ -6,15 +6,19 @@ Rust tokenizer underneath does the work, because it may be called from several t
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tokenizers
 from jinja2 import TemplateError
 
 from semipd_jax.errors import CheckpointError, InvalidRequestError
+from semipd_jax.text.chat_template import OutputTooLongError, render
 
 type ChatMessage = Mapping[str, str]
-"""{"role": …, "content": …}"""
+"""{"role": …, "content": …}, and for some templates {"name": …}"""
+
+_MAX_CHAT_CHARS: Final = 1 << 24
+_TEMPLATE_S: Final = 10.0
 
 
 class Tokenizer:
@@ -52,26 +56,53 @@ class Tokenizer:
         """
         return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+    def render_chat(
+        self, messages: Sequence[ChatMessage], *, max_chars: int = _MAX_CHAT_CHARS
+    ) -> str:
         """The conversation in the model's own format, ready for the assistant's answer.
 
         Raises:
-          InvalidRequestError: there is no chat template, or it refuses these messages.
+          InvalidRequestError: there is no chat template, it refuses these messages, or it writes
+            more than `max_chars` or takes too long.
         """
         if self._wrapped.chat_template is None:
             raise InvalidRequestError("the model has no chat template", field="chat")
         try:
-            return self._wrapped.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, ValueError, TypeError) as error:
+            return self._render(messages, max_chars)
+        except OutputTooLongError as error:
             raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", field="chat"
+                f"the model's chat template makes more than {max_chars} characters of these "
+                "messages, the most allowed",
+                field="chat",
+                is_too_long=True,
             ) from error
+        except Exception as error:
+            known = isinstance(error, (TemplateError, ValueError, TypeError))
+            what = f"refuses these messages: {error}" if known else "fails on these messages"
+            if isinstance(error, TimeoutError):
+                what = f"takes longer than {_TEMPLATE_S:.0f} s for these messages"
+            raise InvalidRequestError(f"the model's chat template {what}", field="chat") from error
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def _render(self, messages: Sequence[ChatMessage], max_chars: int) -> str:
+        """As transformers' `apply_chat_template` does it, which has no bounds."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template = _compile_jinja_template(self._wrapped.get_chat_template())
+        variables = {
+            **self._wrapped.special_tokens_map,
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        return render(template, variables, max_chars=max_chars, timeout_s=_TEMPLATE_S)
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], *, max_chars: int = _MAX_CHAT_CHARS
+    ) -> list[int]:
         """Token ids of `render_chat`, whose template already writes the special tokens."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        text = self.render_chat(messages, max_chars=max_chars)
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids that the tokenizer does not know are left out."""
@@ -85,17 +116,22 @@ def _byte_ids(backend: tokenizers.Tokenizer) -> dict[int, int]:
     return known if works else {}
 
 
+def require_tokenizer(directory: str) -> None:
+    """Raises CheckpointError if there is no tokenizer.json."""
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json; save one with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+
+
 def load_tokenizer(directory: str) -> Tokenizer:
     """Reads tokenizer.json and what lies beside it. Never runs code from the directory.
 
     Raises:
       CheckpointError: there is no tokenizer.json, or it cannot be read.
     """
-    if not (Path(directory) / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{directory} has no tokenizer.json; save one with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+    require_tokenizer(directory)
     from transformers import PreTrainedTokenizerFast  # half a second, and only this needs it
 
     try:

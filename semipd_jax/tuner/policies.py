@@ -5,9 +5,9 @@ from typing import Final
 
 from semipd_jax.config import SharePolicy
 from semipd_jax.errors import ConfigError
-from semipd_jax.tuner.latency import LatencyModel
 from semipd_jax.tuner.policy import FULL, Ladders, Policy, Shares
 from semipd_jax.tuner.predictive import Predictive
+from semipd_jax.tuner.refined import RefinedModel
 from semipd_jax.tuner.replan import PUBLISHED_LADDER, Replan
 from semipd_jax.tuner.semi_pd import SemiPd
 from semipd_jax.tuner.slo import SloTargets
@@ -34,12 +34,12 @@ def make_tuner(
     *,
     ladders: Ladders,
     targets: SloTargets,
-    model: LatencyModel | None,
+    model: RefinedModel | None,
     start: Shares = FULL,
 ) -> Tuner:
     """
     Args:
-      model: refined in place by the predictive policy; the others do not use it.
+      model: refined by the predictive policy; the others do not use it.
       start: what static keeps and reactive policies begin with.
 
     Raises:
@@ -50,5 +50,5 @@ def make_tuner(
     if name == "predictive":
         if model is None:
             raise ConfigError(f"policy is {name!r}; it needs a tuner_profile")
-        return Tuner(Predictive(ladders, targets, model), model)
+        return Tuner(Predictive(ladders, targets, model.model), model)
     return Tuner(_REACTIVE[name](ladders, targets, start=start))

@@ -4,8 +4,8 @@
 infinigence/Semi-PD (17bbab4, Apache-2.0): offline curves in 1 / share, no x / (x + y), a guard of
 1.1 on TPOT, both shares to 1 when both targets fail. Its curves do not give 1 at a share of 1 and
 are forced to; its waiting curve is nearly flat above 0.8. They are kept as they are: this is the
-published behaviour, to compare with. Its index of the 90th percentile, out of range for windows of
-ten and fewer, is bounded.
+published behaviour, to compare with. It knows one promise, the default. Its index of the 90th
+percentile, out of range for windows of ten and fewer, is bounded.
 """
 
 from math import inf
@@ -21,7 +21,7 @@ from semipd_jax.tuner.policy import (
     Shares,
 )
 from semipd_jax.tuner.slo import SloTargets
-from semipd_jax.tuner.window import Collector, Window
+from semipd_jax.tuner.window import WINDOW_SIZE, Collector, Window
 
 PUBLISHED_LADDER: Final[Ladder] = (0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0)
 _TPOT_GUARD: Final = 1.1
@@ -55,21 +55,24 @@ class Replan:
         ladders: Ladders,
         targets: SloTargets,
         *,
-        window_size: int = 400,
+        window_size: int = WINDOW_SIZE,
         max_step: int = 3,
         start: Shares = FULL,
     ) -> None:
         self._ladders = ladders
         self._target = targets.default
         self._max_step = max_step
-        self._collector = Collector(window_size)
+        self._collector = Collector(window_size, SloTargets(targets.default))
         self._decision = Decision(start, "waiting for a window")
 
     def decide(self, observation: Observation) -> Decision:
         for request in observation.finished:
             self._collector.add(request)
-        if (window := self._collector.take()) is not None:
+        if (window := self._collector.take(observation.now_s)) is not None:
+            before = self._decision.shares
             self._decision = self._replanned(window)
+            if self._decision.shares != before:
+                self._collector.switched(observation.now_s)
         return self._decision
 
     def _replanned(self, window: Window) -> Decision:

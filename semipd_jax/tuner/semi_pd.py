@@ -15,7 +15,10 @@ already stays, and the other one is lowered instead. If both fail, or none, noth
 * TTFT has a pole at x' = λ. A share within `_POLE_MARGIN` of it counts as saturated, and λ as below
   the share at which the window's requests were served.
 * window_size, max_step and step_size are not in the paper; the defaults are those of the authors'
-  `distserve_base` branch: 400 requests and 3 steps. A step is a rung of the ladder.
+  `distserve_base` branch: 400 requests and 3 steps. A step is a rung of the ladder. Where 400
+  requests take longer than `_WINDOW_S`, fewer have to do, so that a quiet hour is not one window.
+* Requests that arrived before the shares changed are not counted: they ran under both.
+* Requests of a class are judged by what that class was promised, see `Window`.
 """
 
 from collections.abc import Callable
@@ -33,7 +36,7 @@ from semipd_jax.tuner.policy import (
     rung_below,
 )
 from semipd_jax.tuner.slo import SloTargets
-from semipd_jax.tuner.window import Collector, Window
+from semipd_jax.tuner.window import WINDOW_SIZE, Collector, Window
 
 _A1: Final = 0.6809
 _B1: Final = 0.022
@@ -41,6 +44,8 @@ _A2: Final = 0.6284
 _B2: Final = 0.3818
 _POLE_MARGIN: Final = 0.05
 _MOST_LOAD: Final = 0.9
+_LEAST_WINDOW: Final = 50
+_WINDOW_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ def estimate(window: Window, shares: Shares, percentile: float) -> Estimate:
 class SemiPd:
     """
     Args:
-      window_size: finished requests between two decisions.
+      window_size: finished requests between two decisions, at most.
       max_step: most rungs of one decision.
       start: shares until the first window is full.
     """
@@ -92,21 +97,24 @@ class SemiPd:
         ladders: Ladders,
         targets: SloTargets,
         *,
-        window_size: int = 400,
+        window_size: int = WINDOW_SIZE,
         max_step: int = 3,
         start: Shares = FULL,
     ) -> None:
         self._ladders = ladders
         self._targets = targets
         self._max_step = max_step
-        self._collector = Collector(window_size)
+        self._collector = Collector(window_size, targets, least=_LEAST_WINDOW, after_s=_WINDOW_S)
         self._decision = Decision(start, "waiting for a window")
 
     def decide(self, observation: Observation) -> Decision:
         for request in observation.finished:
             self._collector.add(request)
-        if (window := self._collector.take()) is not None:
+        if (window := self._collector.take(observation.now_s)) is not None:
+            before = self._decision.shares
             self._decision = self._adjusted(window)
+            if self._decision.shares != before:
+                self._collector.switched(observation.now_s)
         return self._decision
 
     def _adjusted(self, window: Window) -> Decision:

@@ -11,6 +11,7 @@ from semipd_jax.messages import MemoryLayout
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import Ladders, Shares
 from semipd_jax.tuner.profile import Profile, Sizes, from_json, model_of
+from semipd_jax.tuner.refined import RefinedModel
 from semipd_jax.tuner.slo import SloTarget, SloTargets, parse_classes
 from semipd_jax.tuner.tuner import Tuner
 
@@ -68,14 +69,14 @@ def tuner_factory(
     config: EngineConfig,
 ) -> Callable[[SharePolicy, SloTargets, Shares], Tuner | None]:
     """What makes the tuner of a policy, None for "static", which needs none. All tuners of one
-    factory refine one latency model.
+    factory refine one latency model: what it has learnt outlives a change of promises.
 
     Raises:
       ConfigError: the profile cannot be used. The factory raises it for a policy that cannot work
         with these options.
     """
     path, shares = config.tuner.profile, config.shares
-    model = None if path is None else model_of(load_profile(path))
+    model = None if path is None else RefinedModel(model_of(load_profile(path)))
 
     def make(policy: SharePolicy, targets: SloTargets, start: Shares) -> Tuner | None:
         if policy == "static":

@@ -1,67 +1,25 @@
-"""A policy, the model that it predicts with, and what refines the model: the engine's handle."""
+"""A policy, and the model that it predicts with: the engine's handle."""
 
-from dataclasses import dataclass
-from typing import Final
-
-import numpy as np
-
-from semipd_jax.config import PHASES, Phase
-from semipd_jax.tuner.latency import LatencyModel, Sample
+from semipd_jax.tuner.latency import Sample
 from semipd_jax.tuner.policy import Decision, Observation, Policy
-from semipd_jax.tuner.rls import RecursiveLeastSquares
-
-_PRIOR_UNCERTAINTY: Final = 0.3
-_LEAST_UNCERTAINTY_S: Final = 1e-4
-
-
-@dataclass(slots=True)
-class PredictionError:
-    """Of the steps of one phase, relative to the prediction."""
-
-    count: int = 0
-    total: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
+from semipd_jax.tuner.refined import RefinedModel
 
 
 class Tuner:
     """Ask it before each step, tell it after each.
 
     Args:
-      model: what `policy` predicts with; refined in place. None if it does not predict.
-      refine_every: of so many steps of a phase, one refines the model.
+      refined: what `policy` predicts with. None if it does not predict.
     """
 
-    def __init__(
-        self, policy: Policy, model: LatencyModel | None = None, *, refine_every: int = 4
-    ) -> None:
-        self._policy = policy
-        self._model = model
-        self._refine_every = refine_every
-        self._num_steps: dict[Phase, int] = dict.fromkeys(PHASES, 0)
-        self._fits: dict[Phase, RecursiveLeastSquares] = {}
-        self.errors: dict[Phase, PredictionError] = {p: PredictionError() for p in PHASES}
-        if model is not None:
-            for phase in PHASES:
-                prior = model.get(phase)
-                spread = np.maximum(_PRIOR_UNCERTAINTY * prior, _LEAST_UNCERTAINTY_S)
-                self._fits[phase] = RecursiveLeastSquares(prior, spread)
+    def __init__(self, policy: Policy, refined: RefinedModel | None = None) -> None:
+        self.policy = policy
+        self.refined = refined
 
     def decide(self, observation: Observation) -> Decision:
-        return self._policy.decide(observation)
+        return self.policy.decide(observation)
 
     def step_done(self, sample: Sample) -> None:
         """Takes in how long a step really took."""
-        if self._model is None:
-            return
-        phase = sample.work.phase
-        self._num_steps[phase] += 1
-        if self._num_steps[phase] % self._refine_every:
-            return
-        fit, features = self._fits[phase], self._model.features(sample.work, sample.conditions)
-        error = self.errors[phase]
-        error.total += abs(fit.update(features, sample.seconds))
-        error.count += 1
-        self._model.set(phase, fit.coefficients)
+        if self.refined is not None:
+            self.refined.step_done(sample)

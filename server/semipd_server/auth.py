@@ -55,7 +55,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         metadata = dict(handler_call_details.invocation_metadata or ())
-        is_open = handler is None or is_health(handler_call_details.method)
+        is_open = handler is None or _is_health(handler_call_details.method)
         holder = self._keys.holder(_text(metadata.get("authorization")))
         if is_open or holder is not None:
             HOLDER.set(holder or "")
@@ -63,7 +63,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         return refusal(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
 
 
-def is_health(method: str) -> bool:
+def _is_health(method: str) -> bool:
     """Whether the full name of a gRPC method is one of the health checks'."""
     return method.startswith(_HEALTH_PREFIX)
 

@@ -6,10 +6,15 @@ from semipd_jax.client.turns import CALLER
 
 
 def set_grpc_caller(holder: str, peer: str) -> None:
-    """`peer` is what gRPC calls the other end: "ipv4:10.0.0.7:51234", "ipv6:%5B::1%5D:51234"."""
+    """`peer` is what gRPC calls the other end."""
+    CALLER.set((holder, *grpc_host(peer)))
+
+
+def grpc_host(peer: str) -> tuple[str, str]:
+    """Host and port of "ipv4:10.0.0.7:51234" or "ipv6:%5B::1%5D:51234"."""
     _scheme, _, address = unquote(peer).partition(":")
     host, _, port = address.rpartition(":")
-    CALLER.set((holder, host.strip("[]"), port))
+    return host.strip("[]"), port
 
 
 def set_http_caller(holder: str, client: tuple[str, int] | None) -> None:

@@ -6,8 +6,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from semipd_jax.client import EngineClient
+from semipd_jax.config import SchedulerConfig
+from semipd_jax.errors import InvalidRequestError
 from semipd_jax.request import Event, Finished
+from semipd_server.gate import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +24,19 @@ class Choice:
 
 
 async def events(
-    client: EngineClient, answer_id: str, wanted: Sequence[Choice]
+    engine: Engine, answer_id: str, wanted: Sequence[Choice]
 ) -> AsyncGenerator[tuple[int, Event]]:
-    """(index of the choice, event) as they happen. The first error ends all."""
+    """(index of the choice, event) as they happen. The first error ends all.
+
+    Raises:
+      InvalidRequestError: even an empty queue does not take them all.
+      EngineError: what `EngineClient.generate` raises.
+    """
+    _check_room(wanted, engine.limits)
 
     def generate(index: int) -> AsyncGenerator[Event]:
         choice = wanted[index]
-        return client.generate(
+        return engine.client.generate(
             choice.token_ids,
             choice.sampling,
             request_id=f"{answer_id}-{index}",
@@ -64,3 +72,25 @@ async def events(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_room(wanted: Sequence[Choice], limits: SchedulerConfig) -> None:
+    """Choices come to the queue together, before the first of them has a row: what does not fit
+    into it at once would be refused for ever, and must not look as if it might fit later."""
+    num_prompts = len({choice.prompt_index for choice in wanted})
+    n = len(wanted) // num_prompts
+    field, value = ("n", n) if n > 1 else ("prompt", f"a list of {num_prompts}")
+    if len(wanted) > limits.max_num_queued_reqs:
+        raise InvalidRequestError(
+            f"{field} is {value}, which makes {len(wanted)} choices of {num_prompts} prompts; "
+            f"allowed: at most {limits.max_num_queued_reqs} choices in one request",
+            field=field,
+        )
+    num_tokens = sum(len(choice.token_ids) for choice in wanted)
+    most = limits.max_num_queued_tokens
+    if most is not None and len(wanted) > 1 and num_tokens > most:
+        raise InvalidRequestError(
+            f"{field} is {value}, which makes {num_tokens} prompt tokens in {len(wanted)} choices; "
+            f"allowed: at most {most} in one request of several choices",
+            field=field,
+        )

@@ -26,6 +26,7 @@ from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.settings import KEY_VARIABLE
 from semipd_server.status import error_from
+from semipd_server.tls import Tls, add_tls_flags
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _RETRIES: Final = 2
@@ -263,16 +264,17 @@ def main(
     parser.add_argument("--target", default="127.0.0.1:50051", help="address of the server")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float)
-    args = parser.parse_args(argv)
+    add_tls_flags(parser)
+    args = vars(parser.parse_args(argv))
+    target, prompt, tls = args.pop("target"), args.pop("prompt"), Tls.take(args)
     api_key = os.environ.get(KEY_VARIABLE)
-    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    with Client(args.target, api_key=api_key) as client:
-        try:
-            for event in client.generate(args.prompt, **sampling):
+    try:
+        with Client(target, api_key=api_key, credentials=tls.channel_credentials()) as client:
+            for event in client.generate(prompt, **args):
                 if isinstance(event, Delta):
                     print(event.text, end="", flush=True)
-        except EngineError as error:
-            sys.exit(f"error: {error}")
+    except EngineError as error:
+        sys.exit(f"error: {error}")
     print()
 
 

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import socket
-import stat
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, cast
 
@@ -19,18 +17,17 @@ from semipd_server.gate import Gate
 from semipd_server.pb import control_pb2 as pb
 from semipd_server.pb import control_pb2_grpc as pb_grpc
 from semipd_server.servicer import send
+from semipd_server.sockets import require_free
 from semipd_server.status import abort_with
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["ControlService"].full_name
 
-_MAX_PATH_BYTES: Final = 107  # sun_path, with its final zero
 _MAX_CALLS: Final = 64
 _MAX_MESSAGE_BYTES: Final = 4096
 _INTERVAL_MS: Final = (100, 60_000)
 _FLUSH_S: Final = 1.0
-_CONNECT_TIMEOUT_S: Final = 1.0
 
 
 def _rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
@@ -111,7 +108,7 @@ class ControlServer:
 
     async def start(self) -> None:
         """Raises StartupError if the socket cannot be bound."""
-        _require_free(self._path)
+        require_free(self._path)
         try:
             with _private_files():
                 self._server.add_insecure_port(f"unix:{self._path}")
@@ -126,26 +123,6 @@ class ControlServer:
 def _given(message: Any, field: str) -> Any:
     """The value of an optional field, or None."""
     return getattr(message, field) if message.HasField(field) else None
-
-
-def _require_free(path: str) -> None:
-    """A socket that a server left behind is in nobody's way."""
-    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
-        raise StartupError(
-            f"control_socket is {path!r}; allowed: a path of at most {_MAX_PATH_BYTES} bytes"
-        )
-    try:
-        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StartupError(f"cannot use {path} (control_socket): {error.strerror}") from error
-    if not is_socket:
-        raise StartupError(f"cannot listen on {path} (control_socket): it is no socket")
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-        probe.settimeout(_CONNECT_TIMEOUT_S)
-        probe.connect(path)
-        raise StartupError(f"cannot listen on {path} (control_socket): another server does")
 
 
 @contextlib.contextmanager

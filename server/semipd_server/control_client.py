@@ -27,7 +27,9 @@ from semipd_jax.errors import EngineError, UnavailableError
 from semipd_server.pb import control_pb2 as pb
 from semipd_server.pb import control_pb2_grpc as pb_grpc
 from semipd_server.settings import CONTROL_SOCKET, KEY_VARIABLE
+from semipd_server.sockets import has_listener
 from semipd_server.status import error_from
+from semipd_server.tls import Tls, add_tls_flags
 
 _TIMEOUT_S: Final = 15.0
 _METHODS: Final = {"get": "partition", "set": "set_partition", "slo": "set_slo"}
@@ -129,7 +131,7 @@ def the_only_socket() -> Path:
     found = [
         path
         for path in Path(tempfile.gettempdir()).glob(f"semipd-*/{CONTROL_SOCKET}")
-        if path.parent.stat().st_uid == os.geteuid()
+        if path.parent.stat().st_uid == os.geteuid() and has_listener(str(path))
     ]
     if len(found) != 1:
         raise UnavailableError(
@@ -142,9 +144,11 @@ def the_only_socket() -> Path:
 def main(argv: Sequence[str] | None = None, *, prog: str = "semipd-jax control") -> int:
     """Prints JSON. Returns the exit status."""
     args = vars(_parser(prog).parse_args(argv))
-    command, server = args.pop("command"), args.pop("server")
+    command, server, tls = args.pop("command"), args.pop("server"), Tls.take(args)
+    api_key = os.environ.get(KEY_VARIABLE)
     try:
-        with ControlClient(server, api_key=os.environ.get(KEY_VARIABLE)) as client:
+        credentials = tls.channel_credentials()
+        with ControlClient(server, api_key=api_key, credentials=credentials) as client:
             if command == "watch":
                 with contextlib.suppress(KeyboardInterrupt):
                     for stats in client.watch(**args):
@@ -169,8 +173,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         f"promises. The API key is taken from ${KEY_VARIABLE}.",
     )
     parser.add_argument(
-        "--server", help="address of its control socket (unix:PATH) [this user's only server]"
+        "--server",
+        help="address of its control socket (unix:PATH), or HOST:PORT that control is exposed on "
+        "[this user's only server]",
     )
+    add_tls_flags(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("get", help="shares, policy, promises and the latest decision")
     change = commands.add_parser("set", help="shares, which make the policy static, or a policy")

@@ -60,17 +60,18 @@ class FrontEnd:
     async def serve(self, engine: Engine) -> None:
         self.gate.waiting_for = ()
         self.gate.open(engine)
-        await self._grpc.set_serving(True)
+        self._grpc.set_serving(True)
 
     async def set_waiting_for(self, parts: tuple[str, ...]) -> None:
         """What the engine waits for. While it serves, requests are still taken, and wait too."""
         self.gate.waiting_for = parts
-        await self._grpc.set_serving(self.gate.is_open and not parts)
+        self._grpc.set_serving(self.gate.refusal is None and not parts)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests; returns when the running ones have ended, or in time."""
+        """Refuses new work; returns when what runs has ended, or in time. Requests can be aborted,
+        and the engine watched and controlled, all the while."""
         self.gate.close(SHUTTING_DOWN)
-        await self._grpc.refuse()
+        self._grpc.refuse()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.gate.until_idle(), timeout_s)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from semipd_jax.client import EngineClient
+from semipd_jax.config import SchedulerConfig
 from semipd_jax.errors import UnavailableError
 from semipd_server.calls import Calls
 from semipd_server.pb import inference_pb2 as pb
@@ -19,14 +20,16 @@ _ASK_EVERY_S: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What is served."""
+    """What is served, and what its queue takes."""
 
     client: EngineClient
     info: pb.GetModelInfoResponse
+    limits: SchedulerConfig
 
 
 class Gate:
-    """Refuses everything until it is given an engine, and again when it is closed.
+    """Lets nothing in until it is given an engine. Once closed, it lets no new work in, but who
+    wants to know or to end something still finds the engine.
 
     Attributes:
       waiting_for: parts of the engine that are not ready, and how far they are.
@@ -37,7 +40,7 @@ class Gate:
         self.waiting_for: tuple[str, ...] = ()
         self.calls = Calls()
         self._engine: Engine | None = None
-        self._refusal = STARTING
+        self._refusal: str | None = STARTING
         self._num_inside = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -46,22 +49,29 @@ class Gate:
         self._silence: str | None = None
 
     def open(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._refusal = engine, None
 
     def close(self, reason: str) -> None:
-        """New requests are refused; running ones go on."""
-        self._engine, self._refusal = None, reason
+        """New work is refused; what runs goes on."""
+        self._refusal = reason
 
     @property
-    def is_open(self) -> bool:
-        return self._engine is not None
+    def refusal(self) -> str | None:
+        """Why new work is refused; None while it is not."""
+        return self._refusal
 
     @property
     def engine(self) -> Engine:
-        """Raises UnavailableError while there is none."""
+        """For anything but new work. Raises UnavailableError while there is none."""
         if self._engine is None:
             raise UnavailableError(self._refusal)
         return self._engine
+
+    def admit(self) -> Engine:
+        """The engine, for new work. Raises UnavailableError while that is refused."""
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal)
+        return self.engine
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -82,14 +92,12 @@ class Gate:
     async def problem(self) -> str | None:
         """Why the engine cannot serve right now; None if it can: the coordinator was asked, though
         not more often than now and then, since anybody may want to know."""
-        engine = self._engine
-        if engine is None or self.waiting_for:
-            reason = self._refusal if engine is None else "the engine waits"
-            return "; ".join((reason, *self.waiting_for))
+        if self._refusal is not None or self.waiting_for:
+            return "; ".join((self._refusal or "the engine waits", *self.waiting_for))
         async with self._asking:
             loop = asyncio.get_running_loop()
             if loop.time() - self._asked_s >= _ASK_EVERY_S:
-                self._silence = await _silence_of(engine.client)
+                self._silence = await _silence_of(self.engine.client)
                 self._asked_s = loop.time()
             return self._silence
 

@@ -127,7 +127,8 @@ class LiveView:
         except UnavailableError as error:
             problem = "; ".join((str(error), *self._gate.waiting_for))
             return Live(self._version, None, problem, None)
-        problem = "; ".join(self._gate.waiting_for) or None
+        reasons = (self._gate.refusal, *self._gate.waiting_for)
+        problem = "; ".join(filter(None, reasons)) or None
         return Live(self._version, engine.info.name, problem, _engine(list(self._samples)))
 
     async def _sample(self) -> None:

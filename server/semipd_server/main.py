@@ -36,7 +36,7 @@ async def _run(child: Child) -> None:
     settings = Settings.from_extra(child.spec.extra)
     front_end = FrontEnd(
         settings,
-        max_model_len=config.model.max_model_len or model.max_model_len,
+        max_model_len=model.max_len(config.model.max_model_len),
         max_calls=limits.max_num_seqs + limits.max_num_queued_reqs + _SPARE_CALLS,
         control_socket=settings.control_path(child.spec.run_dir),
     )
@@ -50,11 +50,11 @@ async def _run(child: Child) -> None:
         layout = await _until_all_is_ready(commands, front_end)
         if layout is None:
             return
-        parts = (child.spec.run_dir, layout, tokenizer, config.model, defaults)
+        parts = (child.spec.run_dir, layout, tokenizer, config.model, defaults, settings.bounds)
         client = closing.enter_context(_engine_client(settings, *parts))
         await client.start()
         freeze_heap()
-        await front_end.serve(Engine(client, _info(config, model.architecture, layout)))
+        await front_end.serve(Engine(client, _info(config, model.architecture, layout), limits))
         ended = asyncio.ensure_future(
             _until_the_end(commands, front_end, config.timeouts.shutdown_s)
         )

@@ -2,12 +2,14 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from inspect import isasyncgenfunction
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 
 type Context = grpc.aio.ServicerContext[Any, Any]
+
+DAMAGED: Final = "the message cannot be decoded; allowed: what the .proto file defines"
 
 
 class MessageInterceptor(grpc.aio.ServerInterceptor):
@@ -57,5 +59,4 @@ def _checked(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 async def _refuse_if_damaged(request: Any, context: Context) -> None:
     if isinstance(request, DecodeError):
-        text = "the message cannot be decoded; allowed: what the .proto file defines"
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, DAMAGED)

@@ -31,7 +31,7 @@ from semipd_server.gate import Gate
 _STATS_TIMEOUT_S: Final = 2.0
 _LABELS: Final = ("model_name", "engine")
 _ENGINE: Final = "0"  # vLLM numbers the engines of a server; here there is one
-_UP: Final = "1 if the engine serves and the coordinator answers"
+_UP: Final = "1 if new requests are taken and the coordinator answers"
 
 _REQUEST_COUNTERS: Final = (
     ("prompt_tokens", "Prompt tokens of admitted requests", "num_prompt_tokens"),
@@ -103,7 +103,7 @@ class Metrics:
         names = _Names(self._prefix, (engine.info.name, _ENGINE))
         client = engine.client
         return [
-            GaugeMetricFamily(f"{self._prefix}:up", _UP, 1),
+            GaugeMetricFamily(f"{self._prefix}:up", _UP, int(self._gate.refusal is None)),
             *names.of_requests(client.observations),
             *names.of_engine(stats, client.layout),
             *names.of_calls(self._gate.calls),
@@ -140,7 +140,7 @@ class _Names:
     def of_calls(self, calls: Calls) -> Iterator[Metric]:
         yield self._gauge(
             "grpc_calls_running",
-            "gRPC calls, but for health checks, that have not ended",
+            "gRPC calls, but for health and reflection, that have not ended",
             calls.num_running,
         )
         labels = (*_LABELS, "method", "status")

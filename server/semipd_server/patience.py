@@ -7,6 +7,8 @@ FIRST_WORD_S: Final = 30.0
 headers."""
 BODY_S: Final = 60.0
 """For the rest of a request."""
+NEXT_S: Final = 30.0
+"""For the next request of a stream of them."""
 READ_S: Final = 60.0
 """For a client to read what it was sent."""
 PROBE_AFTER_S: Final = 60

@@ -4,20 +4,20 @@ from pathlib import Path
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from semipd_jax.client.prompt import MAX_BYTES_PER_TOKEN
 from semipd_jax.errors import StartupError
-from semipd_server import control, patience
+from semipd_server import control, health, patience, reflection
 from semipd_server.auth import AuthInterceptor, Keys
 from semipd_server.calls import CallInterceptor
 from semipd_server.control import ControlServicer
 from semipd_server.gate import Gate
+from semipd_server.health import HealthServicer
 from semipd_server.malformed import MessageInterceptor
 from semipd_server.pb import control_pb2_grpc as control_grpc
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.reflection import Reflection
 from semipd_server.servicer import InferenceServicer
 from semipd_server.settings import Settings, vllm_is_installed
 
@@ -44,10 +44,9 @@ class Server:
         self, gate: Gate, settings: Settings, *, max_model_len: int, max_rpcs: int
     ) -> None:
         self._settings = settings
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(gate.calls, max_rpcs),
+                CallInterceptor(gate.calls, max_rpcs, {*health.METHODS, reflection.METHOD}),
                 AuthInterceptor(Keys(settings.api_keys)),
                 MessageInterceptor(),
             ],
@@ -69,9 +68,7 @@ class Server:
             ],
         )
         pb_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(gate), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        self._services = ["", SERVICE]  # "" is the server as a whole
+        names = [SERVICE]
         if settings.expose_control:
             control_grpc.add_ControlServiceServicer_to_server(ControlServicer(gate), self._server)
             names.append(control.SERVICE)
@@ -80,8 +77,10 @@ class Server:
 
             vllm.pb_grpc.add_VllmEngineServicer_to_server(vllm.VllmServicer(gate), self._server)
             names.append(vllm.SERVICE)
-            self._services.append(vllm.SERVICE)
-        reflection.enable_server_reflection(names, self._server)
+        self._health = HealthServicer(["", *names])
+        self._health.add_to(self._server)
+        if settings.reflection:
+            Reflection([*names, health.SERVICE, reflection.SERVICE]).add_to(self._server)
 
     async def start(self) -> str:
         """Binds and returns the address, with the port that was taken if the port is 0.
@@ -89,7 +88,6 @@ class Server:
         Raises:
           StartupError: the address cannot be bound.
         """
-        await self.set_serving(False)
         host, port = self._settings.host, self._settings.port
         host = f"[{host}]" if ":" in host else host
         try:
@@ -101,20 +99,17 @@ class Server:
         await self._server.start()
         return f"{host}:{bound}"
 
-    async def set_serving(self, is_serving: bool) -> None:
+    def set_serving(self, is_serving: bool) -> None:
         """What health checks are told, until `refuse`."""
-        kind = health_pb2.HealthCheckResponse
-        status = kind.SERVING if is_serving else kind.NOT_SERVING
-        for service in self._services:
-            await self._health.set(service, status)
+        self._health.set_serving(is_serving)
 
-    async def refuse(self) -> None:
+    def refuse(self) -> None:
         """Health checks are told for good that this server ends."""
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
 
     async def stop(self) -> None:
         """Ends every call that its engine has not ended already."""
-        await self.refuse()
+        self.refuse()
         await self._server.stop(_FLUSH_S)
 
     def _bind(self, address: str) -> int:

@@ -14,8 +14,8 @@ from google.protobuf.message import Message
 from semipd_server import patience
 from semipd_server.auth import HOLDER
 from semipd_server.callers import set_grpc_caller
-from semipd_server.convert import event_message, prompt_from, sampling_from
-from semipd_server.gate import Engine, Gate
+from semipd_server.convert import event_message, field_path, prompt_from, sampling_from
+from semipd_server.gate import Gate
 from semipd_server.limits import MAX_ENTRIES, check_entries
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
@@ -39,6 +39,11 @@ class Servicer(Protocol):
     gate: Gate
     entries: Mapping[str, int]
 
+    @staticmethod
+    def path_of(field: str) -> str:
+        """Where a field that an InvalidRequestError names is in the contract's requests."""
+        ...
+
 
 def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
     """Around every RPC: the gate counts the call, its x-request-id comes back, its message is
@@ -56,7 +61,7 @@ def rpc[M: Callable[..., Awaitable[Any]]](method: M) -> M:
                 check_entries(request, self.gate.engine.info.max_model_len, self.entries)
                 return await method(self, request, context)
             except Exception as error:
-                await abort_with(context, error)
+                await abort_with(context, error, self.path_of)
 
     return cast(M, call)
 
@@ -93,17 +98,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """Serves what is behind the gate."""
 
     entries = MAX_ENTRIES
+    path_of = staticmethod(field_path)
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
 
-    @property
-    def _engine(self) -> Engine:
-        return self.gate.engine
-
     @rpc
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        client = self._engine.client
+        client = self.gate.admit().client
         request_id = request.request_id or uuid.uuid4().hex
         events = client.generate(
             prompt_from(request),
@@ -118,14 +120,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     @rpc
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
-        await self._engine.client.abort(request.request_id)
+        await self.gate.engine.client.abort(request.request_id)
         return pb.AbortResponse()
 
     @rpc
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Context
     ) -> pb.TokenizeResponse:
-        client = self._engine.client
+        client = self.gate.admit().client
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         ids = await client.encode(prompt_from(request), add_special_tokens=special)
         return pb.TokenizeResponse(ids=ids)
@@ -134,7 +136,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
-        client = self._engine.client
+        client = self.gate.admit().client
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         text = await client.decode(tuple(request.ids), skip_special_tokens=skip)
         return pb.DetokenizeResponse(text=text)
@@ -143,4 +145,4 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GetModelInfo(  # noqa: N802
         self, request: pb.GetModelInfoRequest, context: Context
     ) -> pb.GetModelInfoResponse:
-        return self._engine.info
+        return self.gate.engine.info

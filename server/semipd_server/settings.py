@@ -6,14 +6,18 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import ssl
 from collections.abc import Mapping, MutableMapping
+from math import inf
 from typing import Any, Final, Self
 
 import msgspec
 
+from semipd_jax.client.bounds import Bounds
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
+from semipd_jax.request import MAX_PRIORITY
 
 KEY_VARIABLE: Final = "SEMIPD_API_KEY"
 DEFAULT_HTTP_PORT: Final = 8000
@@ -34,11 +38,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
       api_keys: what clients must present; empty lets everyone in.
       ssl_keyfile, ssl_certfile: PEM files of the server's key and certificate chain.
       ssl_ca_certs: PEM file of the authorities that clients' certificates must come from.
+      min_priority: the most important one that clients may ask for.
+      request_timeout: seconds that a request may take from its submission to its end.
       metrics_prefix: what names of metrics begin with, before a colon.
       otlp_traces_endpoint: URL that spans are sent to; None sends none.
       control_socket: path of ControlService's socket; None puts it into the engine's private
         directory.
       expose_control: serve ControlService on the gRPC port too.
+      reflection: tell gRPC tools what services there are.
     """
 
     host: str = "127.0.0.1"
@@ -48,10 +55,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
+    min_priority: int = 0
+    request_timeout: float = 3600.0
     metrics_prefix: str = "semipd"
     otlp_traces_endpoint: str | None = None
     control_socket: str | None = None
     expose_control: bool = False
+    reflection: bool = True
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 2**16, "port", self.port, "0 to 65535")
@@ -67,6 +77,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             self.http_port,
             f"{_OFF}, unless semipd-jax[{_EXTRA}] is installed",
         )
+        require(
+            abs(self.min_priority) <= MAX_PRIORITY,
+            "min_priority",
+            self.min_priority,
+            f"-{MAX_PRIORITY} to {MAX_PRIORITY}",
+        )
+        timeout_s = self.request_timeout
+        require(0 < timeout_s < inf, "request_timeout", timeout_s, "a positive number of seconds")
         prefix = self.metrics_prefix
         require(
             re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", prefix) is not None,
@@ -108,7 +126,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         assert self.ssl_certfile is not None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password=_no_password)
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password=no_password)
             if self.ssl_ca_certs is not None:
                 context.load_verify_locations(self.ssl_ca_certs)
                 context.verify_mode = ssl.CERT_REQUIRED
@@ -123,10 +141,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.ssl_certfile is not None
 
     @property
+    def client_flags(self) -> str:
+        """What our own commands need to trust this server, and to be trusted."""
+        if self.ssl_certfile is None:
+            return ""
+        flags = f" --ssl-ca-certs {shlex.quote(self.ssl_certfile)}"
+        mine = " --ssl-certfile YOUR_CERTIFICATE --ssl-keyfile YOUR_KEY"
+        return flags if self.ssl_ca_certs is None else flags + mine
+
+    @property
     def is_exposed(self) -> bool:
         """Whether others than this machine's users can connect, without a key or a certificate."""
         is_local = self.host in ("localhost", "::1") or self.host.startswith("127.")
         return not is_local and not self.api_keys and self.ssl_ca_certs is None
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.min_priority, self.request_timeout)
 
     def control_path(self, run_dir: str) -> str:
         """Of ControlService's socket."""
@@ -199,6 +230,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "serve ControlService on the gRPC port too: who may connect may change the engine",
         action="store_true",
     )
+    add(
+        "--min-priority",
+        "most important priority that clients may ask for; lower numbers are more important [0]",
+        type=int,
+        metavar="N",
+    )
+    add(
+        "--request-timeout",
+        "seconds that a request may take, time in the queue included [3600]",
+        type=float,
+        metavar="S",
+    )
+    add(
+        "--reflection",
+        "tell gRPC tools what services there are [True]",
+        action=argparse.BooleanOptionalAction,
+    )
     add("--metrics-prefix", "beginning of metrics' names [semipd]", metavar="NAME")
     add("--otlp-traces-endpoint", "OpenTelemetry collector that gets spans", metavar="URL")
 
@@ -213,7 +261,10 @@ def take_flags(
       ConfigError: a value is not allowed.
     """
     given = {name: args.pop(name) for name in Settings.__struct_fields__ if name in args}
-    if key := environment.pop(KEY_VARIABLE, ""):
+    key = environment.pop(KEY_VARIABLE, None)
+    if key == "":
+        raise ConfigError(f"${KEY_VARIABLE} is empty; allowed: a key, or no such variable")
+    if key is not None:
         given.setdefault("api_keys", [key])
     given["api_keys"] = tuple(given.get("api_keys", ()))
     given.setdefault("http_port", DEFAULT_HTTP_PORT if http_is_installed() else None)
@@ -221,8 +272,14 @@ def take_flags(
 
 
 def _http_port(text: str) -> int | None:
-    return None if text == _OFF else int(text)
+    if text == _OFF:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0 to 65535, or {_OFF}") from error
 
 
-def _no_password() -> str:
+def no_password() -> str:
+    """For `SSLContext.load_cert_chain`: nobody is asked for one."""
     raise ValueError("the key is encrypted; use one without a passphrase")

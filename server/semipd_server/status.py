@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -16,6 +17,7 @@ from semipd_jax.errors import (
     OverloadedError,
     RequestFailedError,
     RequestNotFoundError,
+    RequestTimeoutError,
     UnavailableError,
 )
 from semipd_server.convert import field_path
@@ -27,6 +29,7 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     RequestFailedError: grpc.StatusCode.ABORTED,
+    RequestTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _ERRORS: Final = {code: error for error, code in _CODES.items()}
 _RETRY_AFTER_S: Final = 1
@@ -37,15 +40,23 @@ to 8 KiB."""
 _log = logging.getLogger(__name__)
 
 
-async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+async def abort_with(
+    context: "grpc.aio.ServicerContext[Any, Any]",
+    error: Exception,
+    path_of: Callable[[str], str] = field_path,
+) -> NoReturn:
     """Ends a call with the status of `error`. What the contract does not name is INTERNAL, and says
-    no more than a number that is also in the log."""
+    no more than a number that is also in the log.
+
+    Args:
+      path_of: a field that an InvalidRequestError names → where it is in the contract's request.
+    """
     if type(error) not in _CODES:
         error_id = uuid.uuid4().hex[:12]
         _log.error("internal error %s", error_id, exc_info=error)
         text = f"internal error {error_id}; the server's log says more"
         await context.abort(grpc.StatusCode.INTERNAL, text)
-    status = rpc_status.to_status(status_of(error))
+    status = rpc_status.to_status(status_of(error, path_of))
     metadata = [*status.trailing_metadata]
     if isinstance(error, OverloadedError):
         metadata.append(("grpc-retry-pushback-ms", str(1000 * _RETRY_AFTER_S)))
@@ -54,20 +65,28 @@ async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Excep
 
 def refusal(code: grpc.StatusCode, text: str) -> Any:
     """A handler that ends a call of any kind with this status, before its message is read."""
+    return _handler(lambda context: context.abort(code, text))
 
+
+def refused(error: Exception) -> Any:
+    """`refusal` with the status of `error`."""
+    return _handler(lambda context: abort_with(context, error))
+
+
+def _handler(end: Callable[["grpc.aio.ServicerContext[Any, Any]"], Awaitable[NoReturn]]) -> Any:
     async def refuse(_requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        await context.abort(code, text)
+        await end(context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def status_of(error: Exception) -> status_pb2.Status:
-    """The rich status of an error that the contract names."""
+def status_of(error: Exception, path_of: Callable[[str], str] = field_path) -> status_pb2.Status:
+    """The rich status of an error that the contract names. `path_of`: see `abort_with`."""
     message = str(error).encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore")
     status = status_pb2.Status(code=_CODES[type(error)].value[0], message=message)
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=field_path(error.field), description=message
+            field=path_of(error.field), description=message
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, OverloadedError):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -17,8 +18,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from semipd_jax.errors import ConfigError
 from semipd_server.live import Engine, Latency, Live, Phase
 from semipd_server.settings import KEY_VARIABLE
+from semipd_server.tls import Tls, add_tls_flags
 
 _TIMEOUT_S: Final = 5.0
 _BAR: Final = 24
@@ -31,13 +34,18 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "semipd-jax top") -> 
     """Shows a server until Ctrl-C, or once. Returns 1 if `--once` got no answer."""
     args = _parse(argv, prog)
     console = Console()
+    try:
+        context = Tls.take(vars(args)).ssl_context()
+    except ConfigError as error:
+        console.print(_page(None, str(error)))
+        return 1
     if args.once:
-        live, problem = _look(args.url)
+        live, problem = _look(args.url, context)
         console.print(_page(live, problem))
         return 1 if live is None else 0
     with contextlib.suppress(KeyboardInterrupt), Screen(console=console, screen=True) as screen:
         while True:
-            screen.update(_page(*_look(args.url)), refresh=True)
+            screen.update(_page(*_look(args.url, context)), refresh=True)
             time.sleep(args.every)
     return 0
 
@@ -51,10 +59,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's HTTP address")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks")
     parser.add_argument("--once", action="store_true", help="look once")
+    add_tls_flags(parser)
     return parser.parse_args(argv)
 
 
-def _look(url: str) -> tuple[Live | None, str | None]:
+def _look(url: str, context: ssl.SSLContext | None) -> tuple[Live | None, str | None]:
     """What the server says, or why it says nothing."""
     if not url.startswith(("http://", "https://")):
         return None, f"url is {url!r}; allowed: http://… or https://…"
@@ -62,7 +71,7 @@ def _look(url: str) -> tuple[Live | None, str | None]:
     if key := os.environ.get(KEY_VARIABLE):
         request.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as reply:
             return msgspec.json.decode(reply.read(), type=Live), None
     except urllib.error.HTTPError as error:
         return None, f"set ${KEY_VARIABLE}" if error.code == 401 else f"status {error.code}"

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from server_rig import save_model, serving
 
+from benchmarks.fuzz.inputs import BODIES
 from benchmarks.fuzz.run import Outcome, fuzz
 from semipd_jax.text.tokenizer import load_tokenizer
+from semipd_server import servicer
 from semipd_server.openai.app import Routes
-from semipd_server.servicer import InferenceServicer
 
 
 def fuzzed(directory: Path, num_inputs: int) -> tuple[Outcome, int]:
@@ -39,9 +40,11 @@ def test_no_input_makes_the_server_fail(tmp_path: Path):
     assert left == 0
     answers = outcome.answers
     assert answers.total() >= 800
-    for ending in ("/v1/completions 200", "/v1/completions 400", "/tokenize 200", "/absent 404"):
+    taken = [f"{route} 200" for route in BODIES]
+    for ending in (*taken, "/v1/completions 400", "/absent 404"):
         assert answers[f"POST {ending}"] > 0, ending
-    for ending in ("Generate OK", "Generate INVALID_ARGUMENT"):
+    endings = ("Generate OK", "Generate INVALID_ARGUMENT", "Health/Check OK", "ReflectionInfo OK")
+    for ending in endings:
         assert sum(n for answer, n in answers.items() if answer.endswith(ending)) > 0, ending
 
 
@@ -55,6 +58,6 @@ def test_a_server_that_fails_is_found_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_servicer_that_fails_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(InferenceServicer, "_engine", property(lambda _: 1 / 0))
+    monkeypatch.setattr(servicer, "prompt_from", lambda _: 1 / 0)
     outcome, _ = fuzzed(tmp_path, 400)
     assert any("InferenceService" in wrong and "INTERNAL" in wrong for wrong in outcome.wrong)

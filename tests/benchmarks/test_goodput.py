@@ -2,6 +2,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,16 +12,16 @@ from hypothesis import strategies as st
 from benchmarks.goodput import statics
 from benchmarks.goodput.__main__ import main
 from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
-from benchmarks.goodput.live import flags_of, outcome_of
+from benchmarks.goodput.live import flags_of, limits_of, outcome_of
 from benchmarks.goodput.results import result_of
 from benchmarks.goodput.search import highest, take_turns
-from benchmarks.goodput.tables import agreement, goodputs, ratios
+from benchmarks.goodput.tables import agreement, goodputs, markdown, ratios
 from benchmarks.load import GeneratorHealth, LoadRun
 from benchmarks.metrics import Arrival, RequestRecord
 from semipd_jax import serve
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator.run import Outcome
-from semipd_jax.simulator.systems import parse
+from semipd_jax.simulator.systems import System, parse
 from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
@@ -182,6 +183,84 @@ def test_agreement_is_of_what_both_have():
     assert cells(agreement([here], [there]))[2:] == [["w", "static:1,1", "4.00", "5.00", "-20%"]]
 
 
+@pytest.mark.parametrize(("num_requests", "hint"), [(500, True), (800, False)])
+def test_policies_that_never_acted_are_named(num_requests, hint):
+    one = load(static=[5.0], predictive=[6.0], chunked=[1.0])
+    one["systems"]["semi-pd"] = dict(one["systems"]["predictive"])
+    for name, switches in (("static:1,1", [0, 0]), ("predictive", [0, 3]), ("semi-pd", [0, 0])):
+        counters = dict(zip(("prefill_num_switches", "decode_num_switches"), switches, strict=True))
+        one["systems"][name]["seeds"] = [{"goodput": 6.0, "at_goodput": {"counters": counters}}]
+    one["systems"]["chunked"]["seeds"][0]["at_goodput"] = {"counters": {}}
+    slo = {"ttft_ms": 100.0, "tpot_ms": None, "attainment": 0.9}
+    of = {
+        "origin": "modelled",
+        "platform": "p",
+        "slo": slo,
+        "num_requests": num_requests,
+        "run": {},
+    }
+    text = markdown([one | of | {"mean_input_tokens": 1.0, "mean_output_tokens": 1.0}])
+    (line,) = (line for line in text.splitlines() if "no share moved" in line)
+    assert "more processes: semi-pd" in line
+    assert "predictive" not in line
+    assert ("acts after 400 finished requests, and there are 500" in line) == hint
+
+
+# ------------------------------------------------------------ static pairs
+
+
+def test_static_pairs_come_with_the_idle_rule_where_it_matters(monkeypatch):
+    monkeypatch.setattr(statics, "SHARES", (0.4, 1.0))
+    bases = ["static:0.4,0.4", "static:0.4,1", "static:1,0.4"]
+    idle = [base + option for base in bases for option in ("", "+idle")]
+    assert statics.static_pairs() == [
+        base + order for base in [*idle, "static:1,1"] for order in ("", "+spf")
+    ]
+
+
+@dataclass(frozen=True)
+class Attains:
+    """As a simulation that knows its attainments; below `least` it tells too little, as those do.
+
+    Attributes:
+      met: shares and order → attainment of each seed.
+    """
+
+    system: System
+    met: dict
+    setup: SimpleNamespace
+    rates: list
+
+    def attainment(self, seed, rate, least):
+        self.rates.append(rate)
+        met = self.met.get((self.system.shares.decode, self.system.order), (0.0, 0.0, 0.0))[seed]
+        return met if met >= least else met / 2
+
+
+def test_better_statics_are_those_that_hold_on_average(monkeypatch):
+    monkeypatch.setattr(statics, "SHARES", (0.4, 1.0))
+    met = {
+        (0.4, "fcfs"): (0.6, 0.8, 1.0),
+        (1.0, "fcfs"): (0.79, 0.8, 0.8),
+        (1.0, "spf"): (0.9,) * 3,
+    }
+    setup = SimpleNamespace(targets=SloTargets(attainment=0.8))
+    subject = Attains(parse("predictive+spf"), met, setup, rates=[])
+    found = statics.better_statics(subject, {0: 9.8, 1: 9.8, 2: 9.8})
+    assert found == [
+        "static:0.4,0.4",
+        "static:0.4,0.4+idle",
+        "static:0.4,1+spf",
+        "static:0.4,1+idle+spf",
+        "static:1,0.4",
+        "static:1,0.4+idle",
+        "static:1,1+spf",
+    ]
+    assert subject.rates == pytest.approx([10.0] * (14 * 3 - 4 * 2)), (
+        "two seeds of four pairs: no hope"
+    )
+
+
 # ------------------------------------------------------------ servers
 
 
@@ -189,23 +268,44 @@ def test_agreement_is_of_what_both_have():
     ("name", "flags"),
     [
         ("static:0.8,1", "--scheduling-policy fcfs --prefill-share 0.8 --decode-share 1.0"),
+        (
+            "static:1,0.2+idle+spf",
+            "--scheduling-policy spf --prefill-share 1.0 --decode-share 0.2 --share-ladder 1.0",
+        ),
         ("chunked", "--scheduling-policy fcfs --mode chunked"),
         (
             "predictive+spf",
             "--scheduling-policy spf --policy predictive "
             "--decode-share-ladder 0.4,1.0 --prefill-share-ladder 1.0 "
-            "--slo-ttft-ms 100.0 --slo-tpot-ms 50.0 --tuner-profile p.json",
+            "--slo-ttft-ms 100.0 --slo-tpot-ms 50.0 --slo-target 0.8 --tuner-profile p.json",
         ),
     ],
 )
 def test_systems_are_flags_of_a_server(name, flags):
-    assert flags_of(parse(name), TARGETS.default, LADDERS, Path("p.json")) == flags.split()
+    targets = SloTargets(TARGETS.default, attainment=0.8)
+    assert flags_of(parse(name), targets, LADDERS, Path("p.json")) == flags.split()
     serve._parser("serve").parse_args(flags.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("chunked", "--max-num-batched-tokens 64 --max-num-seqs 8"),
+        ("static:1,1", "--max-num-batched-tokens 64 --max-num-seqs 8"),
+        ("colocated", "--max-num-batched-tokens 512 --max-num-seqs 8"),
+    ],
+)
+def test_limits_of_a_simulation_are_flags_of_a_server(name, flags):
+    given = limits_of(parse(name), chunk_tokens=64, whole_tokens=512, max_num_seqs=8)
+    assert given == flags.split()
+    serve._parser("serve").parse_args(given)
+    nothing = limits_of(parse(name), chunk_tokens=None, whole_tokens=None, max_num_seqs=None)
+    assert nothing == []
 
 
 def test_disaggregation_is_no_single_server():
     with pytest.raises(ConfigError, match="disaggregated"):
-        flags_of(parse("disaggregated"), TARGETS.default, LADDERS, None)
+        flags_of(parse("disaggregated"), TARGETS, LADDERS, None)
 
 
 def test_server_outcomes_are_what_clients_saw():
@@ -261,6 +361,28 @@ def test_command_measures_draws_and_draws_again(tmp_path, capsys, monkeypatch):
     assert after == before + host
 
 
+def test_loads_of_several_files_keep_how_they_were_measured(tmp_path, capsys):
+    given = ["--systems", "colocated", "--repeat", "1", "--precision", "0.5", "--no-plots"]
+    given += ["--length-scale", "0.02", "--slo-ttft-ms", "15"]
+    for name, num in (("longbench", 20), ("sharegpt", 30)):
+        out = ["--num-requests", str(num), "--out", str(tmp_path / name)]
+        assert main([*given, "--workload", name, *out]) == 0
+    saved = [tmp_path / name / "goodput.json" for name in ("longbench", "sharegpt")]
+    old = json.loads(saved[0].read_text())
+    (load,) = old["loads"]
+    saved[0].write_text(json.dumps(load.pop("run") | {"loads": [load]}))  # once for all loads
+    capsys.readouterr()
+    files = [word for path in saved for word in ("--from", str(path))]
+    assert main([*files, "--out", str(tmp_path / "both"), "--no-plots"]) == 0
+    both = json.loads((tmp_path / "both/goodput.json").read_text())
+    runs = {one["workload"]: one["run"] for one in both["loads"]}
+    assert [runs[name]["settings"]["num_requests"] for name in runs] == [20, 30]
+    assert both.keys() == {"loads"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "searches" in line]
+    assert ["--num-requests 20" in lines[0], "--num-requests 30" in lines[1]] == [True, True]
+    assert all("--repeat 1" in line and "--out" not in line for line in lines)
+
+
 def test_a_simulation_takes_the_host_s_time_from_the_measurement_beside_it(tmp_path, capsys):
     given = ["--num-requests", "30", "--repeat", "1", "--precision", "0.5", "--share-ladder", "1.0"]
     given += ["--length-scale", "0.05", "--slo-ttft-ms", "15", "--systems", "colocated chunked"]
@@ -291,3 +413,24 @@ def test_bad_flags_are_explained(capsys):
     assert (
         "workload is 'nothing'; allowed: sharegpt, longbench, flipping" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--kv-tokens 5", "--kv-tokens is 5; allowed: only with --profile"),
+        ("--hop-ms 2", "--hop-ms is 2.0; allowed: only with --profile"),
+        ("--profile p.json --sharing normalised", "allowed: only without --profile"),
+        ("--profile p.json", "kv_tokens is None; allowed: a number of tokens"),
+        ("--timeout 3", "--timeout is 3.0; allowed: only with --model"),
+        ("-- --max-num-seqs 3", "allowed: only with --model"),
+        ("--model m --noise 0", "--noise is 0.0; allowed: only without --model"),
+        ("--model m --hardware h200", "--hardware is 'h200'; allowed: only without --model"),
+        ("--model m --slo-factor 10", "--slo-factor is 10.0; allowed: only without --model"),
+        ("--model m --check-statics", "--check-statics is True; allowed: only without --model"),
+        ("--check-statics --systems colocated", "allowed: predictive+spf, to check statics"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(given, message, capsys):
+    assert main(given.split()) == 2
+    assert message in capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 import math
 
-from benchmarks.modes import Mix, Turn, ratios
+import pytest
+
+from benchmarks.metrics import Arrival, RequestRecord
+from benchmarks.modes import Mix, Turn, gaps_beside, ratios
 
 
 def test_every_few_requests_one_is_long_and_seeds_move_arrivals_only():
@@ -12,6 +15,18 @@ def test_every_few_requests_one_is_long_and_seeds_move_arrivals_only():
     assert lengths == [*[(8, 20)] * 3, (90, 2)] * 5
     assert lengths == [(row.input_len, row.output_len) for row in other.rows]
     assert first == again != other
+
+
+def record(sent_s: float, *arrivals_s: float) -> RequestRecord:
+    arrivals = [Arrival(at_s, 1) for at_s in arrivals_s]
+    return RequestRecord(scheduled_s=0.0, sent_s=sent_s, num_prompt_tokens=1, arrivals=arrivals)
+
+
+def test_gaps_count_that_a_long_prompt_was_beside():
+    """One is sent at 2.5 and has its first token at 3.5, another one from 7 to 8."""
+    longs = [record(2.5, 3.5, 9.0), record(7.0, 8.0)]
+    chats = [record(0.0, 1.0, 2.0, 3.25, 3.45, 4.0, 5.0), record(0.0, 6.0, 7.5), record(0.0, 2.75)]
+    assert gaps_beside(chats, longs) == pytest.approx([1.25, 0.2, 0.55, 1.5])
 
 
 def turn(system, seed, *, itl, ttft, goodput) -> Turn:

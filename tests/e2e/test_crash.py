@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 
 import psutil
 import pytest
-from e2e_processes import engine_processes, kill
+from e2e_processes import kill
 
+from benchmarks.processes import engine_processes
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
 from semipd_jax.errors import RequestFailedError, UnavailableError

@@ -99,7 +99,7 @@ engine = Engine(sys.argv[1], compile_cache_dir=sys.argv[2], **small)
 stream = engine.stream([5, 6, 7], max_tokens=1500, ignore_eos=True)
 next(stream)
 print(engine._engine._launcher.run_dir, flush=True)
-if sys.argv[3] == "ctrl-c":
+while sys.argv[3] == "ctrl-c":
     engine.generate([5, 6, 7], max_tokens=2000, ignore_eos=True)
 """
     with subprocess.Popen(

@@ -11,8 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from e2e_processes import engine_processes
 from openai import OpenAI
+
+from benchmarks.processes import engine_processes
 
 
 @pytest.fixture

@@ -40,14 +40,23 @@ def test_policies_change_no_token_and_can_be_changed(compile_cache, tmp_path):
                 partition = await engine.set_partition(policy=policy)
                 assert partition.policy == policy
                 assert await all_tokens(engine) == static
-                choice = (await engine.partition()).choice
-                assert choice is not None
-                assert choice.prefill in (0.5, 1.0)
+                assert (await engine.partition()).choice is not None
+            await check_moves(engine, static)
             await check_predictions(engine)
             await check_watch(engine)
             await check_promises(engine)
 
     asyncio.run(run())
+
+
+async def check_moves(engine: AsyncEngine, expected: list[tuple[int, ...]]) -> None:
+    """Out of reach, the promise has prefill give way while others decode."""
+    await engine.set_partition(policy="predictive")
+    await engine.set_slo(ttft_ms=1000, tpot_ms=0.001)
+    before = (await engine.partition()).prefill.num_switches
+    assert await all_tokens(engine) == expected
+    assert (await engine.partition()).prefill.num_switches > before
+    await engine.set_slo(ttft_ms=1000, tpot_ms=20)
 
 
 async def check_predictions(engine: AsyncEngine) -> None:

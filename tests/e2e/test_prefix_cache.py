@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from e2e_processes import engine_processes
 from hf_reference import Reference
 
+from benchmarks.processes import engine_processes
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import Engine
 

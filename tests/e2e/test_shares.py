@@ -4,8 +4,8 @@ import asyncio
 import random
 
 import pytest
-from e2e_processes import engine_processes
 
+from benchmarks.processes import engine_processes
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.engine import AsyncEngine
 

@@ -10,6 +10,7 @@ FLAGS: dict[str, FlagKind] = {
     "http-port": "value",
     "share-ladder": "value",
     "cache": "switch",
+    "expose": "mark",
     "api-key": "repeated",
 }
 
@@ -30,15 +31,18 @@ def test_values_are_words_of_the_command_line(words):
     assert words("api-key: a") == ["--api-key=a"]
     assert words("cache: true") == ["--cache"]
     assert words("cache: False") == ["--no-cache"]
+    assert words("expose: true") == ["--expose"]
+    assert words("expose: False") == []
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("prt: 1", "'prt' is no option; allowed: port"),
-        ("zzz: 1", "allowed: api-key, cache, http-port, port, share-ladder"),
+        ("zzz: 1", "allowed: api-key, cache, expose, http-port, port, share-ladder"),
         ("1: 1", "'1' is no option"),
         ("cache: 3", "cache is '3'; allowed: true, false"),
+        ("expose: no", "expose is 'no'; allowed: true, false"),
         ("port:", "port is ''"),
         ("port: {a: 1}", "port is {'a': '1'}"),
         ("port: []", "port is "),

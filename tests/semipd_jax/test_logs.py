@@ -1,5 +1,6 @@
 import json
 import logging
+import warnings
 from datetime import datetime
 
 import pytest
@@ -44,3 +45,15 @@ def test_lines_for_a_person(capsys: pytest.CaptureFixture[str]):
     logs.configure("coordinator", "warning")
     logging.getLogger("semipd_server").warning("hello")
     assert capsys.readouterr().err.endswith("coordinator | hello\n")
+
+
+def test_what_others_log_has_the_same_form(capsys: pytest.CaptureFixture[str]):
+    logs.configure("coordinator", "debug", "json")
+    other = logging.getLogger("some.package")
+    other.info("unseen")
+    other.error("it failed")
+    warnings.showwarning("old", DeprecationWarning, "x.py", 1)
+    seen = list(map(json.loads, capsys.readouterr().err.splitlines()))
+    assert [line["logger"] for line in seen] == ["some.package", "py.warnings"]
+    assert seen[0]["message"] == "it failed"
+    assert "DeprecationWarning: old" in seen[1]["message"]

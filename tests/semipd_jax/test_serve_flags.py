@@ -97,12 +97,30 @@ def test_a_file_has_the_flags_names_and_flags_win(started, tmp_path: Path):
         ("--max-num=3", "unrecognized arguments: --max-num=3"),
         ("--port=70000", "port is 70000; allowed: 0 to 65535"),
         ("--log-format=xml", "invalid choice: 'xml'"),
+        ("--http-port=x", "--http-port: 'x'; allowed: 0 to 65535, or off"),
         ("--model=/absent", "/absent"),
+        ("--tokenizer=/absent", "/absent has no tokenizer.json"),
+        ("--max-model-len=1000000", "max_model_len is 1000000; allowed: 2 to "),
+        ("--compile-cache-dir=/proc/programs", "compile_cache_dir is '/proc/programs'; allowed: a"),
+        ("--control-socket=/absent/socket", "control_socket is '/absent/socket'; allowed: a path"),
+        ("--control-socket=/proc", "control_socket"),
         ("--config=/absent", "/absent"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_starts(refused, flag: str, reason: str):
     assert reason in refused(flag)
+
+
+def test_a_cache_that_others_may_write_to_is_refused(refused, tmp_path: Path):
+    tmp_path.chmod(0o777)
+    reason = refused(f"--compile-cache-dir={tmp_path}")
+    assert f"compile_cache_dir is '{tmp_path}'; allowed: a directory of this user" in reason
+
+
+def test_what_a_file_turns_off_is_off(started, tmp_path: Path):
+    (tmp_path / "serve.yaml").write_text("expose-control: false\nreflection: false\n")
+    _, settings = started(f"--config={tmp_path / 'serve.yaml'}")
+    assert (settings.expose_control, settings.reflection) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +170,18 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]):
     assert "command is 'sreve'" in capsys.readouterr().err
 
 
+def test_a_server_says_how_to_reach_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(Settings, "client_flags", " --ssl-ca-certs server.pem")
+    config = options.build_config(str(MODEL_DIR))
+    launcher = Launcher(config)
+    launcher.address = "127.0.0.1:1"
+    serve._announce(launcher, config, Settings(), layout(), 1.5)
+    command = 'client --target 127.0.0.1:1 --ssl-ca-certs server.pem "def main():"'
+    assert command in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_server_says_where_it_is(
     form: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -160,7 +190,7 @@ def test_a_server_says_where_it_is(
     config = options.build_config(str(MODEL_DIR), served_model_name="demo", log_format=form)
     launcher = Launcher(config)
     launcher.address, launcher.http_address = "127.0.0.1:1", "http://127.0.0.1:2"
-    serve._announce(launcher, config, layout(max_model_len=160), 1.5)
+    serve._announce(launcher, config, Settings(), layout(max_model_len=160), 1.5)
     told, logged = capsys.readouterr().err, caplog.text
     if form == "json":
         told, logged = logged, told

@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
+import shlex
 import ssl
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from openai_rig import openai_client, request, while_serving
 from server_rig import Rig, Start
 from starlette.routing import Route
 
+from semipd_server import cli
 from semipd_server.auth import Keys
 from semipd_server.client import AsyncClient
-from semipd_server.settings import Settings
+from semipd_server.settings import KEY_VARIABLE, Settings
 
 KEYS = ("first-key", "second-key")
 LOCKED = Settings(port=0, http_port=0, api_keys=KEYS)
@@ -92,12 +94,14 @@ class _WithKey(grpc.StreamStreamClientInterceptor):
 
 
 async def code_of(rig: Rig, method: str, header: str | None) -> grpc.StatusCode | None:
-    """The status of a call; None for a health watch, which does not end by itself."""
-    call = rig.channel.stream_stream(
+    """The status of a call; None for a health watch, which does not end by itself. The request goes
+    out with the call: a client that still sends when the status comes might report a failure of its
+    own instead."""
+    call = rig.channel.unary_stream(
         method,
         request_serializer=empty_pb2.Empty.SerializeToString,
         response_deserializer=empty_pb2.Empty.FromString,
-    )(iter([empty_pb2.Empty()]), metadata=_authorization(header).items(), timeout=60)
+    )(empty_pb2.Empty(), metadata=_authorization(header).items(), timeout=60)
     with suppress(grpc.aio.AioRpcError):
         if await call.read() is not grpc.aio.EOF and method.endswith("/Watch"):
             call.cancel()
@@ -198,9 +202,10 @@ def test_keys_are_shown_nowhere(start: Start, caplog: pytest.LogCaptureFixture):
 # ---------------------------------------------------------------- TLS
 
 
-def tls(authority: Authority, *, clients: bool) -> Settings:
+def tls(authority: Authority, *, clients: bool, **fields: Any) -> Settings:
     key, certificate = authority.issue("server")
     return Settings(
+        **fields,
         port=0,
         http_port=0,
         ssl_keyfile=key,
@@ -252,3 +257,70 @@ def test_mutual_tls(start: Start, authority: Authority, tmp_path: Path):
             assert await over_both(rig, authority.ca, other.issue("client")) == (False, False)
 
     asyncio.run(main())
+
+
+async def command(rig: Rig, *words: str) -> int:
+    """The status of `semipd-jax WORD ...`, whatever ends it."""
+
+    def run() -> int:
+        try:
+            return cli.main(words)
+        except SystemExit:
+            return 1
+
+    return await while_serving(rig, asyncio.to_thread(run))
+
+
+async def statuses(rig: Rig, *flags: str) -> list[int]:
+    """Of every command that speaks to a server, with these flags for TLS."""
+    return [
+        await command(rig, "complete", "--target", rig.address, "--max-tokens=1", *flags, "Hi"),
+        await command(rig, "control", "--server", rig.address, *flags, "get"),
+        await command(rig, "top", "--once", "--url", rig.url, *flags),
+    ]
+
+
+@pytest.mark.parametrize("is_mutual", [False, True])
+def test_our_own_commands_speak_tls(
+    start: Start,
+    authority: Authority,
+    tmp_path: Path,
+    is_mutual: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv(KEY_VARIABLE, KEYS[0])
+    settings = tls(authority, clients=is_mutual, expose_control=True, api_keys=KEYS)
+
+    async def main():
+        key, certificate = authority.issue("client")
+        mine = ["--ssl-certfile", certificate, "--ssl-keyfile", key] if is_mutual else []
+        async with start(settings=settings) as rig:
+            assert await statuses(rig, "--ssl-ca-certs", authority.ca, *mine) == [0, 0, 0]
+            told = shlex.split(settings.client_flags)  # trusts the server's own certificate
+            assert await statuses(rig, *told[:2], *mine) == [0, 0, 0]
+            assert told[2::2] == (["--ssl-certfile", "--ssl-keyfile"] if is_mutual else [])
+            assert await statuses(rig) == [1, 1, 1]
+            other = Authority(tmp_path, "other").ca
+            assert await statuses(rig, "--ssl-ca-certs", other, *mine) == [1, 1, 1]
+            if is_mutual:
+                assert await statuses(rig, "--ssl-ca-certs", authority.ca) == [1, 1, 1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--ssl-ca-certs", "/no/file"], "cannot use the certificates /no/file"),
+        (["--ssl-certfile", "/no/file"], "ssl_keyfile and ssl_certfile are needed, both"),
+    ],
+)
+@pytest.mark.parametrize("words", [["complete", "Hi"], ["control", "get"], ["top", "--once"]])
+def test_files_of_no_use_are_named(
+    words: list[str], flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) if words[0] == "complete" else nullcontext() as raised:
+        assert cli.main([words[0], *flags, *words[1:]]) == 1
+    told = capsys.readouterr()
+    text = f"{told.out}{told.err}{raised.value if raised else ''}"
+    assert named in " ".join(text.split())

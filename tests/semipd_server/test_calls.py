@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from openai_rig import request, while_serving
 from server_rig import INFO, Rig, Start, read_all
 
+from semipd_jax.config import SchedulerConfig
 from semipd_jax.errors import RequestFailedError, UnavailableError
 from semipd_server.client import AsyncClient
 from semipd_server.gate import Engine
@@ -97,7 +98,7 @@ def test_a_call_that_finds_no_engine_is_repeated_until_there_is_one(start: Start
             rig.front_end.gate.close("the engine is starting")
             working = asyncio.ensure_future(rig.client.complete("Hi", max_tokens=2))
             await rig.fake.until(lambda: ended(rig)[GENERATE, "UNAVAILABLE"] == 1)
-            rig.front_end.gate.open(Engine(rig.engine, INFO))
+            rig.front_end.gate.open(Engine(rig.engine, INFO, SchedulerConfig()))
             assert await while_serving(rig, working)
             assert len(rig.fake.submitted) == 1
 

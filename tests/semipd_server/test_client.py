@@ -17,6 +17,7 @@ from semipd_jax.request import Delta, Event, Finished, FinishReason, Started
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server import client as client_module
 from semipd_server.client import AsyncClient, Client
+from semipd_server.settings import Settings
 
 
 def says(tokenizer: Tokenizer, answer: str):
@@ -185,7 +186,7 @@ def test_the_command_says_what_went_wrong():
 
 def test_priority_and_salt_reach_the_coordinator(start: Start):
     async def main():
-        async with start() as rig:
+        async with start(settings=Settings(port=0, http_port=0, min_priority=-3)) as rig:
             options = {"max_tokens": 1, "priority": -3, "cache_salt": "tenant"}
             await while_serving(rig, rig.client.complete([5, 6], **options))
             await in_thread(rig, lambda client: client.complete([5, 6], **options))

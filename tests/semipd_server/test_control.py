@@ -115,7 +115,9 @@ def test_a_watch_streams_statistics_until_the_server_ends(start: Start):
                 response = await watch.read()
                 assert response.stats.pages.free == 100
                 assert response.stats.partition.policy == "static"
-            await rig.front_end.drain(5.0)  # nobody waits for a watch
+            await rig.front_end.drain(600)  # nobody waits for a watch
+            assert (await watch.read()).stats.partition.policy == "static"
+            rig.engine.connection_lost(UnavailableError("the server is shutting down"))
             rest = asyncio.ensure_future(_drain(watch))
             assert await rest is grpc.StatusCode.UNAVAILABLE
             serving.cancel()
@@ -268,16 +270,23 @@ def test_a_path_that_cannot_be_a_socket_is_refused(tmp_path, path, named):
 
 
 def test_a_client_finds_the_only_server(tmp_path, monkeypatch):
+    """One that was killed left its socket behind."""
     monkeypatch.setattr(control_client.tempfile, "gettempdir", lambda: str(tmp_path))
-    with pytest.raises(UnavailableError, match="0 servers"):
-        control_client.the_only_socket()
-    for name in "ab":
+
+    def bind(name: str) -> socket.socket:
         (tmp_path / f"semipd-{name}").mkdir()
-        (tmp_path / f"semipd-{name}" / "control.sock").touch()
-        if name == "a":
-            assert control_client.the_only_socket() == tmp_path / "semipd-a" / "control.sock"
-    with pytest.raises(UnavailableError, match="2 servers"):
-        control_client.the_only_socket()
+        bound = socket.socket(socket.AF_UNIX)
+        bound.bind(str(tmp_path / f"semipd-{name}" / "control.sock"))
+        return bound
+
+    with bind("killed"), bind("a") as a, bind("b") as b:
+        with pytest.raises(UnavailableError, match="0 servers"):
+            control_client.the_only_socket()
+        a.listen()
+        assert control_client.the_only_socket() == tmp_path / "semipd-a" / "control.sock"
+        b.listen()
+        with pytest.raises(UnavailableError, match="2 servers"):
+            control_client.the_only_socket()
 
 
 def test_the_command_shows_and_changes(start: Start, capsys):

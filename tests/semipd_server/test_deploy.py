@@ -12,6 +12,7 @@ import yaml
 from semipd_jax import serve
 from semipd_jax.config import EngineConfig
 from semipd_jax.demo import MODEL_DIR
+from semipd_server.auth import Keys
 from semipd_server.openai.door import _OPEN_PATHS
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,32 @@ def test_the_pod_agrees_with_the_server(tmp_path: Path, monkeypatch: pytest.Monk
     assert key["name"] == "SEMIPD_API_KEY"
     service = {p["targetPort"]: p["port"] for p in OBJECTS["Service"]["spec"]["ports"]}
     assert service == ports
+
+
+def test_the_monitor_may_read_the_metrics_of_the_pod():
+    monitor = yaml.safe_load((DEPLOY / "podmonitor.yaml").read_text())["spec"]
+    labels = OBJECTS["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    [endpoint] = monitor["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in CONTAINER["ports"]}
+    assert endpoint["path"] == "/metrics"
+    assert endpoint["path"] not in _OPEN_PATHS
+    [key] = CONTAINER["env"]
+    authorization = endpoint["authorization"]
+    assert authorization["credentials"] == key["valueFrom"]["secretKeyRef"]
+    assert Keys(["a key"]).holder(f"{authorization['type']} a key") is not None
+    assert "prometheus.io" not in (DEPLOY / "kubernetes.yaml").read_text(), "it has no key"
+
+
+def test_the_unit_s_control_socket_is_where_its_text_says():
+    unit = (DEPLOY / "semipd.service").read_text()
+    [named] = re.findall(r"control --server unix:(\S+)", unit)
+    [path] = re.findall(r"^    --control-socket (\S+)$", unit, re.MULTILINE)
+    [directory] = re.findall(r"^RuntimeDirectory=(\w+)$", unit, re.MULTILINE)
+    assert path == named
+    assert Path(path).parent == Path("/run") / directory
+    readme = (ROOT / "README.md").read_text()
+    assert f"unix:{path}" in readme
 
 
 def test_the_unit_waits_for_the_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -144,6 +144,10 @@ def test_every_metric_of_the_dashboard_exists(start: Start):
     dashboard = json.loads(files("semipd_server").joinpath("grafana.json").read_text("utf-8"))
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    variables = {v["name"]: v["query"] for v in dashboard["templating"]["list"]}
+    queries.append(variables["model"].replace(", ", "{").replace(")", "=~'.*'})"))
+    assert all("${prefix}:" in query for query in queries)
+    queries = [query.replace("${prefix}", variables["prefix"]) for query in queries]
     named = {name for query in queries for name in re.findall(r"\w+:\w+", query)}
     assert len(panels) >= 10
     assert named

@@ -2,6 +2,7 @@ import asyncio
 from typing import Any
 
 import grpc
+import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -10,6 +11,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from server_rig import Rig, Start, read_all
 
 from semipd_jax.errors import StartupError
+from semipd_server.control_client import ControlClient
 from semipd_server.front_end import FrontEnd
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
@@ -90,6 +92,40 @@ def test_health_follows_the_servers_life(start: Start):
             await asyncio.wait_for(draining, 60)
 
     asyncio.run(main())
+
+
+def test_while_draining_the_engine_is_still_watched_and_requests_aborted(start: Start):
+    async def main():
+        async with start() as rig:
+            call = rig.stub.Generate(request(request_id="long"))
+            await begun(rig, call)
+            draining = asyncio.ensure_future(rig.front_end.drain(600))
+            with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+                await rig.stub.Tokenize(pb.TokenizeRequest(text="x"))
+            metrics = (await get(rig, "/metrics")).text
+            assert 'semipd:num_requests_running{engine="0",model_name="tiny"} 1.0' in metrics
+            assert "semipd:up 0.0" in metrics
+            seen = (await get(rig, "/dashboard.json")).json()
+            assert (seen["problem"], seen["model"]) == ("the server is shutting down", "tiny")
+            assert seen["engine"]["running"] == 1
+            with ControlClient(rig.control) as control:
+                asked = asyncio.ensure_future(asyncio.to_thread(control.partition))
+                await rig.fake.until(asked.done, stepping=False)
+            assert asked.result().policy == "static"
+            await rig.stub.Abort(pb.AbortRequest(request_id="long"))
+            rest = await rest_of(rig, call)
+            assert rest[-1].finished.reason == pb.FINISH_REASON_ABORT
+            await asyncio.wait_for(draining, 60)
+
+    asyncio.run(main())
+
+
+async def get(rig: Rig, path: str) -> httpx2.Response:
+    """What HTTP answers, while the coordinator answers but makes no step."""
+    async with httpx2.AsyncClient(base_url=rig.url) as client:
+        reply = asyncio.ensure_future(client.get(path))
+        await rig.fake.until(reply.done, stepping=False)
+        return reply.result()
 
 
 def test_draining_takes_no_longer_than_allowed(start: Start):

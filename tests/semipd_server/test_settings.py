@@ -41,9 +41,16 @@ def test_an_open_door_is_noticed(flags: list[str], is_exposed: bool):
 def test_flags_reach_their_fields():
     settings = parsed(
         *("--port", "1", "--http-port", "2", "--api-key", "a", "--api-key", "b"),
-        *("--metrics-prefix", "vllm"),
+        *("--metrics-prefix", "vllm", "--min-priority", "-5", "--request-timeout", "60"),
     )
-    assert settings == Settings(port=1, http_port=2, api_keys=("a", "b"), metrics_prefix="vllm")
+    assert settings == Settings(
+        port=1,
+        http_port=2,
+        api_keys=("a", "b"),
+        metrics_prefix="vllm",
+        min_priority=-5,
+        request_timeout=60.0,
+    )
     assert parsed("--http-port", "off").http_port is None
 
 
@@ -56,12 +63,20 @@ def test_the_key_may_come_from_the_environment_and_does_not_stay_there():
     assert environment == {}
 
 
+@pytest.mark.parametrize("flags", [[], ["--api-key", "flag"]])
+def test_an_empty_variable_does_not_open_the_door(flags: list[str]):
+    with pytest.raises(ConfigError, match=rf"\${KEY_VARIABLE} is empty; allowed: a key"):
+        parsed(*flags, environment={KEY_VARIABLE: ""})
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
         ({"port": -1}, "port is -1; allowed: 0 to 65535"),
         ({"http_port": 70000}, "http_port is 70000"),
         ({"metrics_prefix": "a:b"}, "metrics_prefix is 'a:b'"),
+        ({"min_priority": -(2**31)}, "min_priority is -2147483648; allowed: -2147483647 to"),
+        ({"request_timeout": 0.0}, "request_timeout is 0.0; allowed: a positive number"),
         ({"ssl_keyfile": "k"}, "ssl_certfile"),
         ({"ssl_ca_certs": "c"}, "ssl_keyfile"),
         ({"ssl_keyfile": "/no/key", "ssl_certfile": "/no/cert"}, "/no/key"),

@@ -137,14 +137,18 @@ def test_a_full_queue_is_resource_exhausted_with_a_delay(start: Start):
             error = await error_of(rig, rig.stub.Generate(request()))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error.details() == "8 requests are waiting"
-            retry = error_details_pb2.RetryInfo()
-            status = rpc_status.from_call(error)
-            assert status is not None
-            assert status.details[0].Unpack(retry)
-            assert retry.retry_delay.seconds >= 1
-            assert ("grpc-retry-pushback-ms", "1000") in tuple(error.trailing_metadata())
+            assert_has_delay(error)
 
     asyncio.run(main())
+
+
+def assert_has_delay(error: grpc.aio.AioRpcError) -> None:
+    retry = error_details_pb2.RetryInfo()
+    status = rpc_status.from_call(error)
+    assert status is not None
+    assert status.details[0].Unpack(retry)
+    assert retry.retry_delay.seconds >= 1
+    assert ("grpc-retry-pushback-ms", "1000") in tuple(error.trailing_metadata())
 
 
 @pytest.mark.parametrize(
@@ -201,6 +205,7 @@ def test_calls_beyond_the_limit_are_refused(start: Start):
                 await running(rig, call)
             error = await error_of(rig, rig.stub.Generate(request()))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert_has_delay(error)
             health: Any = health_pb2_grpc.HealthStub(rig.channel)
             status = (await health.Check(health_pb2.HealthCheckRequest())).status
             assert status == health_pb2.HealthCheckResponse.SERVING, "a busy server is well"

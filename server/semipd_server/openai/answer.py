@@ -70,7 +70,7 @@ class Answer:
         self._progress = [_Progress() for _ in wanted]
 
     async def send_whole(self, reply: Reply) -> None:
-        async with aclosing(events(self._engine.client, self._id, self._wanted)) as happening:
+        async with aclosing(events(self._engine, self._id, self._wanted)) as happening:
             async for index, event in happening:
                 self._take(index, event)
                 if isinstance(event, Delta):
@@ -84,7 +84,7 @@ class Answer:
 
     async def send_stream(self, reply: Reply, options: StreamOptions) -> None:
         form = self._form
-        happening = events(self._engine.client, self._id, self._wanted)
+        happening = events(self._engine, self._id, self._wanted)
         async with aclosing(happening), reply.kept_alive():
             async for index, event in happening:
                 self._take(index, event)

@@ -26,6 +26,7 @@ from semipd_server.openai.chat import chat, conversation
 from semipd_server.openai.completions import complete
 from semipd_server.openai.door import Door
 from semipd_server.openai.errors import ApiError, api_error, bad_request
+from semipd_server.openai.names import as_sent
 from semipd_server.openai.reply import Reply, Work
 from semipd_server.openai.schema import (
     Body,
@@ -40,9 +41,9 @@ from semipd_server.openai.schema import (
     Tokens,
     parse,
 )
-from semipd_server.openai.structured import with_param
 from semipd_server.openai.tokens import TokenTexts
 
+HEALTH: Final = "/health"
 _BYTES_PER_BRACKET: Final = 16  # at least, of the longest body
 
 type Handler = Callable[[Request], Awaitable[ASGIApp]]
@@ -64,7 +65,7 @@ def build_app(gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int) 
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/version", routes.version),
-        ("GET", "/health", routes.health),
+        ("GET", HEALTH, routes.health),
         ("GET", "/metrics", routes.metrics),
         ("GET", "/dashboard", routes.dashboard),
         ("GET", "/dashboard.json", routes.live),
@@ -162,7 +163,7 @@ class Routes:
                 else:
                     await answer.send_whole(reply)
             except InvalidRequestError as error:
-                raise with_param(error, body) from error
+                raise as_sent(error, body) from error
 
         return Work(work)
 
@@ -183,7 +184,7 @@ class Routes:
         return parse(bytes(body), kind, max_brackets=self._max_body_bytes // _BYTES_PER_BRACKET)
 
     def _engine_for(self, model: str) -> Engine:
-        engine = self._gate.engine
+        engine = self._gate.admit()
         if model not in ("", engine.info.name):
             raise ApiError(
                 404,

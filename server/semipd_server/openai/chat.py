@@ -24,6 +24,10 @@ from semipd_server.openai.tokens import TokenTexts
 
 _ROLES: Final = {"developer": "system"}
 """OpenAI's new name of a role → the one that templates know."""
+_UNSUPPORTED: Final = (
+    *("refusal", "annotations", "audio", "function_call"),
+    *("tool_calls", "tool_call_id"),
+)
 
 
 class ChatFormat:
@@ -100,7 +104,7 @@ def conversation(messages: Sequence[Message]) -> list[EngineMessage]:
 
 
 def _message(index: int, message: Message) -> EngineMessage:
-    for field in ("tool_calls", "function_call", "audio"):
+    for field in _UNSUPPORTED:
         if getattr(message, field):
             name = f"messages[{index}].{field}"
             raise bad_request(f"{name} is not supported; allowed: null", name)
@@ -113,8 +117,12 @@ def _message(index: int, message: Message) -> EngineMessage:
             if part.type != "text":
                 name = f"messages[{index}].content[{k}].type"
                 raise bad_request(f"{name} is {part.type!r:.80}; allowed: 'text'", name)
-        content = "\n".join(part.text for part in content)
-    return {"role": _ROLES.get(message.role, message.role), "content": content}
+            if part.text is None:
+                name = f"messages[{index}].content[{k}].text"
+                raise bad_request(f"{name} is null; allowed: text", name)
+        content = "\n".join(part.text or "" for part in content)
+    written = {"role": _ROLES.get(message.role, message.role), "content": content}
+    return written if message.name is None else written | {"name": message.name}
 
 
 def _max_tokens(request: ChatRequest) -> int | None:

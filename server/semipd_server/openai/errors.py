@@ -13,6 +13,7 @@ from semipd_jax.errors import (
     OverloadedError,
     RequestFailedError,
     RequestNotFoundError,
+    RequestTimeoutError,
     UnavailableError,
 )
 
@@ -25,9 +26,16 @@ _STATUSES: Final[dict[type[Exception], int]] = {
     OverloadedError: 429,
     RequestFailedError: 500,
     UnavailableError: 503,
+    RequestTimeoutError: 504,
 }
-_TYPES: Final = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
-_CODES: Final = {429: "queue_full", 503: "unavailable"}
+_TYPES: Final = {
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_TOO_LONG: Final = "context_length_exceeded"
+_CODES: Final = {429: "queue_full", 503: "unavailable", 504: "request_timeout"}
 _FIELDS: Final = {
     "chat": "messages",
     "ids": "tokens",
@@ -55,6 +63,8 @@ class ApiError(Exception):
         headers = [(b"content-type", b"application/json")]
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        if self.status == 504:  # OpenAI's clients would ask for the same again
+            headers.append((b"x-should-retry", b"false"))
         if self.status in (429, 503):
             headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
         return headers
@@ -86,5 +96,7 @@ def api_error(error: Exception) -> ApiError:
         error_id = uuid.uuid4().hex[:12]
         _log.error("internal error %s", error_id, exc_info=error)
         return ApiError(500, f"internal error {error_id}; the server's log says more")
-    field = error.field if isinstance(error, InvalidRequestError) else ""
-    return ApiError(status, str(error), param=_FIELDS.get(field, field) or None)
+    if not isinstance(error, InvalidRequestError):
+        return ApiError(status, str(error))
+    param = _FIELDS.get(error.field, error.field) or None
+    return ApiError(status, str(error), param=param, code=_TOO_LONG if error.is_too_long else None)

@@ -11,6 +11,9 @@ from msgspec import UNSET, UnsetType
 
 from semipd_server.openai.errors import ApiError, bad_request
 
+_UNKNOWN: Final = "Object contains unknown field `"
+_MAX_PATH_CHARS: Final = 120
+
 IGNORED: Final = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier"),
@@ -102,17 +105,30 @@ class CompletionRequest(Sampling, kw_only=True):
     add_special_tokens: bool = True
 
 
-class ContentPart(msgspec.Struct):
+class ContentPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Of type "text". Other types are refused, and what they carry with them."""
+
     type: str
-    text: str = ""
+    text: str | None = None
+    refusal: Any = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
 
 
-class Message(msgspec.Struct, kw_only=True):
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`name` is for templates that show it. The fields after it are of answers that this server
+    does not give: they may come back empty, as clients send them."""
+
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
+    name: str | None = None
+    refusal: Any = None
+    annotations: Any = None
     audio: Any = None
+    function_call: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
 
 
 class ChatRequest(Sampling, kw_only=True):
@@ -181,6 +197,9 @@ def _type_error(text: str, fields: dict[str, Any]) -> ApiError:
     """From a message such as "Expected `int`, got `str` - at `$.stop[0]`"."""
     problem, _, path = text.partition(" - at `$.")
     path = path.removesuffix("`")
+    if problem.startswith(_UNKNOWN):
+        path = f"{path}.{problem.removeprefix(_UNKNOWN).removesuffix('`')}"[:_MAX_PATH_CHARS]
+        return bad_request(f"unrecognized field {path!r}", path, "unknown_parameter")
     name = path.replace(".", "[").partition("[")[0]
     if name in fields:
         return bad_request(f"{path} is wrong in {fields[name]!r:.80}: {problem}", path)

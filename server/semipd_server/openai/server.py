@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, cast
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from semipd_jax.errors import StartupError
@@ -16,8 +18,9 @@ from semipd_server import patience
 from semipd_server.auth import Keys
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
-from semipd_server.openai.app import build_app
+from semipd_server.openai.app import HEALTH, build_app
 from semipd_server.openai.errors import ApiError, bad_request
+from semipd_server.openai.places import Places
 from semipd_server.openai.reply import Reply
 from semipd_server.settings import Settings
 
@@ -38,21 +41,23 @@ class HttpServer:
     """Serves `app`.
 
     Args:
-      max_connections: more are answered with 503, and more than twice as many not at all.
+      max_connections: at a time, shared fairly between hosts. As many more are told that there are
+        too many, and how the server is.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, *, max_connections: int) -> None:
         self._settings = settings
+        served, refused = (Places[_Connection](max_connections) for _ in range(2))
         config = uvicorn.Config(
             app,
-            http=_Connection,
+            http=cast(type[asyncio.Protocol], partial(_Connection, served, refused)),
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # its warnings are of what any client may send
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=max_connections,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_FLUSH_S,
             ssl_context_factory=(lambda *_: settings.ssl_context()) if settings.uses_tls else None,
@@ -117,29 +122,45 @@ class _Connection(H11Protocol):
     """Ends a connection whose client takes too long: to begin a request, to end its headers, or to
     read what it is sent. What uvicorn would refuse by itself gets an error in OpenAI's shape."""
 
+    host = ""
     _due: asyncio.TimerHandle | None = None  # the next request
     _stalled: asyncio.TimerHandle | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        assert self.limit_concurrency is not None
-        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+    def __init__(
+        self, served: "Places[_Connection]", refused: "Places[_Connection]", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._served = served
+        self._refused = refused
+
+    @property
+    def is_idle(self) -> bool:
+        cycle = self.cycle
+        return cycle is None or cycle.response_complete or cycle.more_body
+
+    def close(self) -> None:
+        """What was answered is still sent, if it can be soon."""
+        self.transport.close()
+        self.loop.call_later(_FLUSH_S, self.transport.abort)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > 2 * self._max_connections:
-            transport.abort()
-        else:
-            self._due = self.loop.call_later(patience.FIRST_WORD_S, transport.abort)
+        self.host = self.client[0] if self.client else ""
+        if not self._served.take(self):
+            self.app = _health_only(self.app)
+            if not self._refused.take(self):
+                transport.abort()
+                return
+        self._due = self.loop.call_later(patience.FIRST_WORD_S, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._served.leave(self)
+        self._refused.leave(self)
         self._due = _cancelled(self._due)
         self._stalled = _cancelled(self._stalled)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        is_full = len(self.connections) > self._max_connections
-        self.app = _refuse if is_full else self.config.loaded_app
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._due = _cancelled(self._due)
@@ -168,9 +189,22 @@ class _Connection(H11Protocol):
         self.transport.close()
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    """In the place of the app, while there are too many connections."""
-    await Reply(send).error(ApiError(503, "too many connections; try again"))
+def _health_only(app: ASGIApp) -> ASGIApp:
+    """What a connection gets that found no place: whoever watches the server must not take one that
+    is busy for one that is down. It may try again on another connection."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        if scope["path"] == HEALTH:
+            await app(scope, receive, send_last)
+        else:
+            await Reply(send_last).error(ApiError(503, "too many connections; try again"))
+
+    return answer
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:

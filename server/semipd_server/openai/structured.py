@@ -2,7 +2,6 @@
 
 from typing import Any, Final
 
-from semipd_jax.errors import InvalidRequestError
 from semipd_jax.request import ANY_OBJECT
 from semipd_server.openai.errors import bad_request
 from semipd_server.openai.schema import Sampling
@@ -39,14 +38,6 @@ def form_of(request: Sampling) -> dict[str, Any] | None:
     if param == "structured_outputs":
         return _structured_outputs(value)
     return {_FORMER[param]: value}
-
-
-def with_param(error: InvalidRequestError, request: Sampling) -> InvalidRequestError:
-    """The error, about the field that the client knows."""
-    if not error.field.startswith("structured_outputs"):
-        return error
-    param = param_of(request) or error.field
-    return InvalidRequestError(str(error).replace(error.field, param, 1), field=param)
 
 
 def _response_format(given: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,23 @@ _UNSUPPORTED: Final = (
     *("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs"),
     "data_parallel_rank",
 )
+_SAMPLING_FIELDS: Final = frozenset((*pb.SamplingParams.DESCRIPTOR.fields_by_name, "constraint"))
+_NAMES: Final = {
+    "prompt": "input",
+    "include_stop": "include_stop_str_in_output",
+    "structured_outputs": "constraint",
+    "structured_outputs.json": "json_schema",
+    "structured_outputs.regex": "regex",
+    "structured_outputs.choice": "choice.choices",
+}
+"""The engine's → this contract's, where they differ."""
 _UNSUPPORTED_SAMPLING: Final = ("prompt_logprobs", "truncate_prompt_tokens")
+
+
+def field_path(field: str) -> str:
+    """Where a field that an InvalidRequestError names is in a GenerateRequest."""
+    name = _NAMES.get(field, field)
+    return f"sampling_params.{name}" if name.partition(".")[0] in _SAMPLING_FIELDS else name
 
 
 def prompt_from(request: pb.GenerateRequest) -> Prompt:

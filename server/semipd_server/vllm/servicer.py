@@ -22,11 +22,17 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 from semipd_jax.errors import RequestNotFoundError
 from semipd_jax.request import Delta, Finished, Started, TokenLogprob
 from semipd_server.choices import Choice, events
-from semipd_server.gate import Engine, Gate
+from semipd_server.gate import Gate
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.servicer import Context, rpc, send
 from semipd_server.vllm import limits
-from semipd_server.vllm.convert import logprobs_message, prompt_from, samplings_from, stop_fields
+from semipd_server.vllm.convert import (
+    field_path,
+    logprobs_message,
+    prompt_from,
+    samplings_from,
+    stop_fields,
+)
 from semipd_server.vllm.tokenizer import chunks, tokenizer_zip
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
@@ -46,25 +52,22 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     """Serves what is behind the gate."""
 
     entries = limits.MAX_ENTRIES
+    path_of = staticmethod(field_path)
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         self._started_s = time.monotonic()
 
-    @property
-    def _engine(self) -> Engine:
-        return self.gate.engine
-
     # ------------------------------------------------------------ requests
 
     @rpc
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        client = self._engine.client
-        token_ids = await client.encode(prompt_from(request))
+        engine = self.gate.admit()
+        token_ids = await engine.client.encode(prompt_from(request))
         request_id = request.request_id or uuid.uuid4().hex
         wanted = [Choice(0, token_ids, s) for s in samplings_from(request.sampling_params)]
         progress = [_Progress() for _ in wanted]
-        async with aclosing(events(client, request_id, wanted)) as happening:
+        async with aclosing(events(engine, request_id, wanted)) as happening:
             async for index, event in happening:
                 answer = self._answer(event, index, progress[index], len(token_ids))
                 if answer is not None and (request.stream or answer.HasField("complete")):
@@ -87,7 +90,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     @rpc
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
         """Those that are not running are left alone: they may just have ended."""
-        client = self._engine.client
+        client = self.gate.engine.client
         for request_id in request.request_ids:
             for index in range(MAX_CHOICES):
                 with suppress(RequestNotFoundError):
@@ -106,7 +109,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     async def GetModelInfo(  # noqa: N802
         self, request: pb.GetModelInfoRequest, context: Context
     ) -> pb.GetModelInfoResponse:
-        engine = self._engine
+        engine = self.gate.engine
         info, client = engine.info, engine.client
         return pb.GetModelInfoResponse(
             model_path=info.name,
@@ -125,7 +128,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
-        client = self._engine.client
+        client = self.gate.engine.client
         stats = await client.stats(timeout_s=_STATS_TIMEOUT_S)
         return pb.GetServerInfoResponse(
             active_requests=stats.num_running + stats.num_waiting,
@@ -141,7 +144,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     async def GetLoads(  # noqa: N802
         self, request: pb.GetLoadsRequest, context: Context
     ) -> pb.GetLoadsResponse:
-        client = self._engine.client
+        client = self.gate.engine.client
         stats = await client.stats(timeout_s=_STATS_TIMEOUT_S)
         used = stats.num_pages - stats.num_free_pages
         queries = max(stats.prefix_cache_queries, 1)
@@ -166,7 +169,7 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
     async def GetTokenizer(  # noqa: N802
         self, request: common.GetTokenizerRequest, context: Context
     ) -> None:
-        path = self._engine.client.model.tokenizer_path
+        path = self.gate.engine.client.model.tokenizer_path
         for chunk in chunks(await asyncio.to_thread(tokenizer_zip, path)):
             await send(context, chunk)
 

@@ -83,3 +83,13 @@ def test_failed_requests_are_recent_misses_without_times():
     attainment.add(ended(error="a worker died", reason=FinishReason.ABORT), TARGETS, 0.0)
     recent = attainment.recent(1.0)
     assert (recent.num_ended, recent.num_met, recent.ttft_s, recent.tpot_s) == (1, 0, None, None)
+
+
+def test_every_request_of_a_busy_minute_counts():
+    attainment, ending = Attainment(), ended()
+    for i in range(3000):
+        attainment.add(ending, TARGETS, i / 100)
+    attainment.missed(30.0)
+    recent = attainment.recent(30.0)
+    assert (recent.num_ended, recent.num_met) == (3001, 3000)
+    assert attainment.recent(95.0).num_ended == 0

@@ -3,16 +3,19 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from coordinator_rig import Engine, expected
 from modelled_profile import TRUTH
+from scheduler_cases import make_request, make_scheduler
 
 from semipd_jax.config import ShareConfig, SharePolicy
 from semipd_jax.coordinator.coordinator import Coordinator
-from semipd_jax.coordinator.tuned import TunedShares, kv_demand
+from semipd_jax.coordinator.tuned import TunedShares, kv_demand, upcoming_prefill
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import (
     GetStats,
@@ -32,6 +35,7 @@ from semipd_jax.scheduler.state import Limits
 from semipd_jax.tuner.latency import LatencyModel, Sample
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import Decision, Ladders, Observation, Shares
+from semipd_jax.tuner.refined import RefinedModel
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 from semipd_jax.tuner.tuner import Tuner
 
@@ -212,17 +216,48 @@ def test_decisions_choose_the_worker_and_are_told(engine, tuner, caplog, monkeyp
     assert set(told["inputs"]) == {"kv_used"}
 
 
-def test_changes_are_logged_once_a_second_at_most(engine, tuner, caplog, monkeypatch):
+@pytest.fixture
+def told(engine, tuner, caplog, monkeypatch):
+    """What is logged at a level while decode's share changes with every step."""
     monkeypatch.setattr(logging.getLogger("semipd_jax"), "propagate", True)
-    caplog.set_level(logging.INFO, "semipd_jax.coordinator.tuned")
     flip = iter(range(10**6))
     tuner.rule = lambda o: Shares(1.0, 0.5 + 0.5 * (next(flip) % 2))
-    for handle in range(4):
-        engine.submit(handle, prompt_len=4, max_tokens=25)
-    engine.run_all(step_s=0.1)
-    told = [msgspec.json.decode(r.getMessage().partition(": ")[2]) for r in caplog.records]
-    assert 2 <= len(told) <= engine.now + 1
-    assert sum(t["not_logged"] for t in told) > 3
+
+    def run(level: int, step_s: float) -> list[dict[str, Any]]:
+        caplog.set_level(level, "semipd_jax.coordinator.tuned")
+        for handle in range(4):
+            engine.submit(handle, prompt_len=4, max_tokens=25)
+        engine.run_all(step_s=step_s)
+        return [msgspec.json.decode(r.getMessage().partition(": ")[2]) for r in caplog.records]
+
+    return run
+
+
+def test_changes_are_logged_once_a_second_at_most(engine, told):
+    records = told(logging.INFO, step_s=0.1)
+    assert 2 <= len(records) <= engine.now + 1
+    assert sum(r["not_at_info"] for r in records) > 3
+
+
+def test_every_change_is_logged_at_the_level_debug(told):
+    moves = [r["to"] for r in told(logging.DEBUG, step_s=0.01) if r["phase"] == "decode"]
+    assert len(moves) > 10
+    assert all(a != b for a, b in pairwise([1.0, *moves])), "a change is missing"
+
+
+@pytest.mark.parametrize("policy", ["semi-pd", "predictive"])
+def test_a_phase_alone_takes_the_top_rung_whatever_the_policy_says(policy, tuner):
+    engine = TunedEngine(lambda policy, *_: tuner, policy)
+    tuner.rule = lambda _: Shares(0.5, 0.5)
+    engine.submit(1, max_tokens=20)
+    assert engine.busy("prefill") == "prefill-1.0"
+    engine.finish("prefill", 1.0)
+    assert engine.busy("decode") == "decode-1.0"
+    engine.submit(2, prompt_len=30, max_tokens=2)
+    assert engine.busy("prefill") == "prefill-0.5"
+    while len(engine.queue("decode-1.0")) > 0:
+        engine.finish("decode", 1.0)
+    assert engine.busy("decode") == "decode-0.5"
 
 
 def test_tokens_are_the_same_whatever_is_decided(engine, tuner):
@@ -247,6 +282,17 @@ def test_a_share_makes_the_policy_static_until_one_is_set_again(engine, tuner):
     engine.submit(2, max_tokens=3)
     engine.run_all()
     assert tuner.seen
+
+
+def test_the_other_share_is_the_configured_one_again(engine, tuner):
+    tuner.rule = lambda _: Shares(1.0, 0.5)
+    engine.submit(1, max_tokens=3)
+    engine.run_all()
+    assert engine.shares.asked["decode"] == 0.5
+    partition, _ = engine.change(SetPartition(1, prefill=0.5))
+    assert (partition.prefill.asked, partition.decode.asked) == (0.5, 1.0)
+    partition, _ = engine.change(SetPartition(2, decode=0.5))
+    assert (partition.prefill.asked, partition.decode.asked) == (0.5, 0.5), "static already"
 
 
 def test_what_cannot_work_changes_nothing():
@@ -274,7 +320,7 @@ def test_promises_are_replaced(engine):
 
 
 def test_the_predictive_policy_learns_and_its_error_is_known():
-    model = LatencyModel(TRUTH, 1 / 3, {"prefill": 0.0, "decode": 0.0})
+    model = RefinedModel(LatencyModel(TRUTH, 1 / 3, {"prefill": 0.0, "decode": 0.0}))
     engine = TunedEngine(
         lambda policy, targets, start: make_tuner(
             policy, ladders=Ladders(LADDER, LADDER), targets=targets, model=model, start=start
@@ -324,3 +370,29 @@ def test_pages_that_requests_wait_for_count_as_used():
     assert kv_demand(scheduler.state) == pytest.approx(3 / 9), "held now"
     submit(1, 32)
     assert kv_demand(scheduler.state) == 1.0
+
+
+def test_what_is_cached_is_neither_demand_nor_work():
+    """Nine pages of four tokens; a prompt of four of them, and its next turn of three tokens."""
+    scheduler, device = make_scheduler(num_pages=10)
+    first = make_request(16, 8)
+    scheduler.submit("c", 0, first, now_s=0.0)
+    sent = scheduler.next_prefill(now_s=0.0)
+    assert sent is not None
+    scheduler.step_done(device.run(sent.step), now_s=0.0)
+    assert kv_demand(scheduler.state) == pytest.approx(4 / 9)
+    scheduler.submit("c", 1, make_request((*first.prompt_token_ids, 1, 2, 3), 2), now_s=0.0)
+    assert kv_demand(scheduler.state) == pytest.approx(5 / 9)
+    work = upcoming_prefill(scheduler.state)
+    assert work is not None
+    assert (work.num_rows, work.num_tokens, work.context_tokens) == (1, 3, 19)
+
+
+def test_the_next_prefill_step_is_in_the_order_of_prefills():
+    scheduler, _ = make_scheduler(policy="spf", budget=8)
+    scheduler.submit("c", 0, make_request(20, 2), now_s=0.0)
+    assert scheduler.next_prefill(now_s=0.0) is not None
+    scheduler.submit("c", 1, make_request(5, 2, seed=1), now_s=0.0)
+    work = upcoming_prefill(scheduler.state)
+    assert work is not None
+    assert (work.num_rows, work.num_tokens, work.context_tokens) == (2, 8, 5 + 11)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_processes import engine_processes
 from launch_rig import FAKES, Client, config, expected, wait_until
 
+from benchmarks.processes import engine_processes
 from semipd_jax.config import ShareConfig
 from semipd_jax.errors import EngineError
 from semipd_jax.launch.launcher import Launcher

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from e2e_processes import engine_processes
 from fake_owner import BAD_SEEDS
 from launch_rig import FAKES, TESTS, Client, config, expected, wait_until
 from modelled_profile import save_profile
 
+from benchmarks.processes import engine_processes
 from semipd_jax.config import EngineConfig, ModelConfig, ShareConfig, TunerConfig
 from semipd_jax.errors import ConfigError, EngineError, StartupError, UnavailableError
 from semipd_jax.launch.launcher import Launcher

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from e2e_processes import engine_processes
 from fake_timed_worker import STEP_S
 from launch_rig import FAKES
 
+from benchmarks.processes import engine_processes
 from semipd_jax import profile
 from semipd_jax.tuner.latency import Conditions
 from semipd_jax.tuner.profile import model_of

@@ -36,3 +36,19 @@ def test_a_prompt_above_the_limit_is_served_when_it_is_alone():
     scheduler, _ = make_scheduler(max_num_queued_tokens=10)
     assert scheduler.submit("c", 0, make_request(18, 4), now_s=0.0) is None
     assert scheduler.submit("c", 1, make_request(1, 4), now_s=0.0) is not None
+
+
+def test_tokens_whose_kv_is_cached_are_not_to_be_computed():
+    """A prompt of five pages stays cached; its next turn computes one page, not six."""
+    scheduler, device = make_scheduler(max_num_queued_tokens=10)
+    first = make_request(20, 2)
+    assert scheduler.submit("c", 0, first, now_s=0.0) is None
+    while scheduler.state.requests:
+        sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
+        assert sent is not None
+        scheduler.step_done(device.run(sent.step), now_s=0.0)
+    assert scheduler.submit("c", 1, make_request(6, 2, seed=1), now_s=0.0) is None
+    turn = (*first.prompt_token_ids, 1, 2)
+    assert scheduler.submit("c", 2, make_request(turn, 2), now_s=0.0) is None
+    assert scheduler.submit("c", 3, make_request(3, 2, seed=2), now_s=0.0) is not None, "6 + 2 + 3"
+    assert scheduler.submit("c", 4, make_request(2, 2, seed=3), now_s=0.0) is None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,15 @@ from modelled_profile import coefficients
 from semipd_jax import simulate
 from semipd_jax.config import POLICIES
 from semipd_jax.errors import ConfigError
-from semipd_jax.simulator import flags, hardware, workloads
+from semipd_jax.messages import OTHER_PHASE
+from semipd_jax.simulator import flags, report, workloads
 from semipd_jax.simulator.link import Link
 from semipd_jax.simulator.machine import Load
-from semipd_jax.simulator.platform import Platform, modelled
-from semipd_jax.simulator.run import run
-from semipd_jax.simulator.systems import Setup, build, parse, run_at
+from semipd_jax.simulator.misses import Misses
+from semipd_jax.simulator.platform import Platform
+from semipd_jax.simulator.profiled import Profiled
+from semipd_jax.simulator.run import Goal, run
+from semipd_jax.simulator.systems import Setup, build, parse
 from semipd_jax.simulator.targets import multiple_of_alone
 from semipd_jax.simulator.traces import TraceRow
 from semipd_jax.simulator.workloads import Workload
@@ -76,10 +80,6 @@ def drawn(lengths, max_len=8192) -> Workload:
 def simulated(name: str, workload: Workload, platform: Platform | None = None, **setup):
     made = Setup(platform=platform or by_hand(), targets=TARGETS, **({"noise": 0.0} | setup))
     return run(workload, build(parse(name), made, workload))
-
-
-def h100() -> Platform:
-    return modelled(hardware.read("h100-llama-3-8b"), "conserving")
 
 
 # ------------------------------------------------------------ timelines worked out by hand
@@ -160,10 +160,21 @@ def test_each_rung_of_each_phase_is_a_process_that_takes_memory():
 
     ladders = Ladders(prefill=(1.0,), decode=(0.4, 1.0))
     platform = replace(by_hand(), kv_tokens=kv_tokens)
-    for name in ("colocated", "static:1,1", "semi-pd", "predictive"):
+    names = ["colocated", "static:1,1", "static:1,1+idle", "static:1,0.2+idle"]
+    for name in (*names, "static:0.4,0.2+spf+idle", "semi-pd", "predictive"):
         simulated(name, load((0.0, 10, 2)), platform, ladders=ladders)
     simulated("predictive", load((0.0, 10, 2)), platform)
-    assert asked == [1, 2, 3, 3, LADDERS["predictive"].num_workers]
+    assert asked == [1, 2, 2, 3, 4, 3, 3, LADDERS["predictive"].num_workers]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("static:0.5,0.4", ()), ("static:0.5,0.4+idle", (1.0,))]
+)
+def test_a_static_phase_alone_takes_all_under_the_idle_rule_only(name, alone):
+    rows = load((0.0, 50, 40), (0.1, 200, 40))
+    shares = simulated(name, rows).shares
+    assert {share for _, share in shares["prefill"]} == {0.5, *alone}
+    assert {share for _, share in shares["decode"]} == {0.4, *alone}
 
 
 def test_phases_move_on_their_own_ladders():
@@ -199,6 +210,56 @@ def test_attainment_needs_both_targets():
     assert outcome.attainment(SloTarget(ttft_ms=250.0, tpot_ms=11.0)) == 1.0
 
 
+# ------------------------------------------------------------ runs for a goal
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("static:1,1", SloTarget(ttft_ms=100.0, tpot_ms=10.5)),
+        ("disaggregated", SloTarget(ttft_ms=60.0)),
+        ("colocated", SloTarget(tpot_ms=30.0)),
+    ],
+)
+def test_a_run_with_a_goal_is_exact_where_it_reaches_it_and_below_it_elsewhere(name, target):
+    setup = Setup(platform=by_hand(), targets=TARGETS, noise=0.0)
+    rows = load(*[(0.05 * i, 20 + 7 * (i % 9), 1 + 4 * (i % 4)) for i in range(20)])
+
+    def attainment(goal: Goal | None = None) -> float:
+        return run(rows, build(parse(name), setup, rows), goal).attainment(target)
+
+    exact = attainment()
+    assert 0.3 < exact < 0.7
+    for least in (0.1, exact, exact + 0.01, 0.99):
+        found = attainment(Goal(target, least))
+        assert found == exact if exact >= least else found <= exact < least
+
+
+def test_a_run_ends_once_its_goal_is_out_of_reach():
+    """Prompts of 300 ms every 100 ms: the second one waits longer than the target allows."""
+    rows = load(*[(0.1 * i, 300, 1) for i in range(100)])
+    made = build(parse("static:1,1"), Setup(platform=by_hand(), targets=TARGETS, noise=0.0), rows)
+    outcome = run(rows, made, Goal(SloTarget(ttft_ms=450.0), 0.9))
+    assert outcome.served.sum() < 10
+    assert outcome.duration_s < 2.0
+
+
+def test_whoever_must_have_ended_counts_before_it_ends():
+    rows = [TraceRow(arrival_s=at, input_len=1, output_len=11) for at in (0.0, 0.5)]
+    misses = Misses(rows, SloTarget(ttft_ms=100.0, tpot_ms=20.0))
+    misses.pass_to(0.3)
+    assert misses.num == 0
+    misses.pass_to(0.4)
+    misses.ended(0, ttft_s=0.05, tpot_s=0.04)
+    assert misses.num == 1
+    misses.ended(1, ttft_s=0.11, tpot_s=0.01)
+    misses.pass_to(9.0)
+    assert misses.num == 2
+    refused = Misses(rows, SloTarget())
+    refused.ended(0, ttft_s=np.nan, tpot_s=np.nan)
+    assert refused.num == 1
+
+
 # ------------------------------------------------------------ loads
 
 
@@ -216,9 +277,24 @@ def test_a_rate_stretches_time_only():
 
 
 def test_the_flipping_load_flips():
-    rows = drawn(workloads.flipping(3000, 1000)).rows
+    workload = drawn(workloads.flipping(3000, 1000))
+    rows = workload.rows
     means = [np.mean([r.input_len for r in rows[i : i + 1000]]) for i in (0, 1000, 2000)]
     assert means[1] > 1.5 * max(means[0], means[2])
+    assert workload.num_segments == 3
+
+
+def test_the_flipping_load_flips_several_times_unless_told_otherwise():
+    parser = argparse.ArgumentParser()
+    flags.add_load(parser)
+    workload = flags.workload_of(parser.parse_args([]), flags.FLIPPING, 0)
+    assert workload.num_segments == 5
+    head = report.header(workload, TARGETS, origin="modelled", platform="")
+    assert "2000 requests in 5 segments" in report.heading(head)
+    plain = flags.workload_of(parser.parse_args([]), "sharegpt", 0)
+    assert "segments" not in report.heading(
+        report.header(plain, TARGETS, origin="modelled", platform="")
+    )
 
 
 def test_targets_are_multiples_of_a_request_alone():
@@ -229,22 +305,51 @@ def test_targets_are_multiples_of_a_request_alone():
 # ------------------------------------------------------------ policies
 
 
-def test_predictive_shortest_first_beats_full_shares_on_a_modelled_h100():
-    workload = drawn([workloads.LONGBENCH] * 80)
-    platform = h100()
-    target = multiple_of_alone(platform.machine, workload, 7.5)
-    setup = Setup(platform=platform, targets=SloTargets(target))
-    compared = {
-        name: run_at(parse(name), setup, workload, 20.0).attainment(target)
-        for name in ("static:1,1", "predictive+spf")
+def divided() -> Platform:
+    """As by hand, but what both phases want of the device is divided between them."""
+    steady = {
+        "prefill": coefficients("prefill", tokens=1.0),
+        "decode": coefficients("decode", products=1e-2),
     }
-    assert compared["predictive+spf"] > compared["static:1,1"]
+    model = LatencyModel(steady, 1.0, {"prefill": 0.0, "decode": 0.0})
+    return replace(by_hand(), machine=Profiled(model), predictor=lambda: deepcopy(model))
+
+
+@pytest.mark.parametrize(
+    ("target", "ladders", "moved", "every_s"),
+    [
+        (SloTarget(300.0, 80.0), Ladders(prefill=(1.0,), decode=(0.2, 1.0)), "decode", 0.5),
+        (SloTarget(20e3, 15.0), Ladders(prefill=(0.2, 1.0), decode=(1.0,)), "prefill", 0.1),
+    ],
+)
+def test_predictive_takes_from_a_phase_what_only_the_other_needs(target, ladders, moved, every_s):
+    """With half of the device each, a prompt takes 400 ms and a token 20 ms."""
+    rows = load(*[(every_s * i, 200, 60) for i in range(8)])
+    setup = Setup(platform=divided(), targets=SloTargets(target), ladders=ladders, noise=0.0)
+    static, predictive = (
+        run(rows, build(parse(name), setup, rows)) for name in ("static:1,1+spf", "predictive+spf")
+    )
+    assert static.attainment(target) < 0.5 < 0.8 < predictive.attainment(target)
+    shares = {
+        phase: {share for _, share in changes} for phase, changes in predictive.shares.items()
+    }
+    assert (shares[moved], shares[OTHER_PHASE[moved]]) == ({0.2, 1.0}, {1.0})
 
 
 # ------------------------------------------------------------ names and the command
 
 
-@pytest.mark.parametrize("name", ["best", "static:1", "colocated:1,1", "predictive+lifo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "best",
+        "static:1",
+        "colocated:1,1",
+        "predictive+lifo",
+        "predictive+idle",
+        "static:1,1+spf+spf",
+    ],
+)
 def test_unknown_systems_are_refused(name):
     with pytest.raises(ConfigError, match="system is"):
         parse(name)
@@ -292,6 +397,16 @@ def test_ladders_are_given_for_both_phases_or_for_each(given, prefill, decode):
     assert flags.ladders_of(parser.parse_args([])) is None
 
 
+def test_defaults_of_flags_are_those_of_a_setup():
+    parser = argparse.ArgumentParser()
+    for add in (flags.add_load, flags.add_platform, flags.add_engine):
+        add(parser)
+    made = flags.setup_of(flags.completed(parser.parse_args([])), load((0.0, 10, 2), (1.0, 10, 2)))
+    usual = Setup(platform=made.platform, targets=made.targets)
+    assert made == usual
+    assert made.targets.attainment == SloTargets().attainment
+
+
 def test_bad_flags_are_explained(capsys):
     assert simulate.main(["--decode-share-ladder", "0.4,0.9"]) == 2
     assert "decode_share_ladder (or share_ladder) is (0.4, 0.9)" in capsys.readouterr().err
@@ -299,3 +414,5 @@ def test_bad_flags_are_explained(capsys):
     assert "system is 'best'; allowed: static" in capsys.readouterr().err
     assert simulate.main(["--hardware", "h300"]) == 2
     assert "h100-llama-3-8b" in capsys.readouterr().err
+    assert simulate.main(["--block-size", "32"]) == 2
+    assert "--block-size is 32; allowed: only with --profile" in capsys.readouterr().err

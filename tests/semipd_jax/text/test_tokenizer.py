@@ -14,6 +14,8 @@ from tiny_tokenizers import (
 from transformers import AutoTokenizer
 
 from semipd_jax.errors import CheckpointError, InvalidRequestError
+from semipd_jax.text import chat_template
+from semipd_jax.text import tokenizer as tokenizer_module
 from semipd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = ["", " ", "the theatre", " leading", "Grüße, 日本語 😀", "a<|eos|>b", "x\n\n  y", "é"]
@@ -65,6 +67,56 @@ def test_a_template_may_refuse_messages(byte_level: Tokenizer):
 def test_a_model_without_template_refuses_chat(byte_fallback: Tokenizer):
     with pytest.raises(InvalidRequestError, match="no chat template"):
         byte_fallback.encode_chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{{ 'x' * 2 ** 60 }}",
+        "{{ messages[0].content.encode('ascii') }}",
+        "{{ 1 // 0 }}",
+        "{{ [][5][5] }}",
+        "{% if",
+    ],
+)
+def test_whatever_a_template_does_wrong_is_an_error_about_the_messages(
+    tmp_path: Path, template: str
+):
+    tokenizer = load_tokenizer(save_byte_level(tmp_path, chat_template=template))
+    with pytest.raises(InvalidRequestError, match="the model's chat template") as refused:
+        tokenizer.encode_chat([{"role": "user", "content": "Grüße"}])
+    assert refused.value.field == "chat"
+
+
+def test_a_template_stops_when_it_has_written_enough(tmp_path: Path):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = load_tokenizer(save_byte_level(tmp_path, chat_template=template))
+    chat = [{"role": "user", "content": "a" * 10}] * 10
+    assert tokenizer.render_chat(chat, max_chars=100) == "a" * 100
+    with pytest.raises(InvalidRequestError, match="more than 99 characters") as refused:
+        tokenizer.render_chat(chat, max_chars=99)
+    assert refused.value.is_too_long
+
+
+@pytest.mark.parametrize("body", ["", "{{ 'x' }}"])
+def test_a_template_that_loops_ends_by_itself(
+    tmp_path: Path, body: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tokenizer_module, "_TEMPLATE_S", 0.2)
+    loops = "".join(f"{{% for {x} in range(300) %}}" for x in "abc")
+    template = f"{{% set text %}}{loops}{body}{'{% endfor %}' * 3}{{% endset %}}{{{{ text }}}}"
+    tokenizer = load_tokenizer(save_byte_level(tmp_path, chat_template=template))
+    with pytest.raises(InvalidRequestError, match="takes longer than"):
+        tokenizer.encode_chat(CHAT)
+    assert sys.gettrace() is None or sys.gettrace().__module__ != chat_template.__name__
+
+
+def test_a_template_may_use_names(tmp_path: Path):
+    template = "{% for m in messages %}{{ m['name'] }}: {{ m['content'] }}{% endfor %}"
+    tokenizer = load_tokenizer(save_byte_level(tmp_path, chat_template=template))
+    chat = [{"role": "user", "content": "Hi", "name": "Ada"}]
+    assert tokenizer.render_chat(chat) == "Ada: Hi"
 
 
 def test_a_hostile_template_cannot_leave_its_sandbox(tmp_path: Path):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from semipd_jax.tuner.latency import Conditions, LatencyModel, Sample
 from semipd_jax.tuner.policies import make_tuner
 from semipd_jax.tuner.policy import FULL, FinishedRequest, Ladders, Observation, Policy, Shares
 from semipd_jax.tuner.predictive import Predictive
+from semipd_jax.tuner.refined import RefinedModel
 from semipd_jax.tuner.replan import PUBLISHED_LADDER, Replan
 from semipd_jax.tuner.semi_pd import SemiPd
 from semipd_jax.tuner.slo import SloTarget, SloTargets
@@ -217,8 +219,8 @@ def window(*, ttft_s, tpot_s, queue_s=0.0, num=10, gap_s=1.0):
     return [FinishedRequest(i * gap_s, queue_s, ttft_s - queue_s, tpot_s) for i in range(num)]
 
 
-def after(policy: Policy, finished) -> Shares:
-    return policy.decide(observe(finished=finished)).shares
+def after(policy: Policy, finished, *, now_s=0.0) -> Shares:
+    return policy.decide(replace(observe(finished=finished), now_s=now_s)).shares
 
 
 def algorithm_1(start: Shares, *, ttft_ms=300.0, tpot_ms=150.0, max_step=3) -> SemiPd:
@@ -269,6 +271,34 @@ def test_algorithm_1_waits_for_a_full_window():
     finished = window(ttft_s=0.5, tpot_s=0.1)
     assert after(policy, finished[:9]) == Shares(0.6, 0.6)
     assert after(policy, finished[9:]) != Shares(0.6, 0.6)
+
+
+def test_algorithm_1_decides_in_a_quiet_hour_too():
+    """60 of 400 requests, one a second."""
+    slo, finished = targets(ttft_ms=300.0, tpot_ms=150.0), window(ttft_s=0.5, tpot_s=0.1, num=60)
+    policy = SemiPd(LADDERS, slo, start=Shares(0.6, 0.6))
+    assert after(policy, finished[:40]) == Shares(0.6, 0.6)
+    assert after(policy, finished[40:], now_s=59.0) == Shares(0.6, 0.6)
+    assert after(policy, (), now_s=60.0) == Shares(1.0, 0.4)
+
+
+def test_requests_that_saw_the_old_shares_do_not_count():
+    policy = algorithm_1(Shares(0.6, 0.6), ttft_ms=400.0)
+    assert after(policy, window(ttft_s=0.5, tpot_s=0.1), now_s=10.0) == Shares(0.8, 0.6)
+    late = window(ttft_s=0.5, tpot_s=0.1)
+    assert after(policy, late, now_s=11.0) == Shares(0.8, 0.6), "they arrived before 10 s"
+    since = [replace(r, arrival_s=10.0 + r.arrival_s) for r in late]
+    assert after(policy, since, now_s=30.0) == Shares(1.0, 0.4)
+
+
+def test_algorithm_1_judges_requests_by_what_they_were_promised():
+    """Priority 1 was promised ten times as much, priority 2 nothing."""
+    classes = {1: SloTarget(3000.0, 1500.0), 2: SloTarget()}
+    slo = replace(targets(ttft_ms=300.0, tpot_ms=150.0), by_class=classes)
+    start, finished = Shares(0.6, 0.6), window(ttft_s=0.5, tpot_s=0.1)
+    for priority, expected in ((0, Shares(1.0, 0.4)), (1, start), (2, start)):
+        policy = SemiPd(LADDERS, slo, window_size=10, start=start)
+        assert after(policy, [replace(r, priority=priority) for r in finished]) == expected
 
 
 def test_algorithm_1_does_not_stumble_over_the_pole():
@@ -338,7 +368,7 @@ def test_public_rules_move_each_phase_on_its_own_ladder(ttft_s, tpot_s, expected
 
 def test_policies_by_name():
     for name in POLICIES:
-        tuner = make_tuner(name, ladders=LADDERS, targets=targets(), model=model())
+        tuner = make_tuner(name, ladders=LADDERS, targets=targets(), model=RefinedModel(model()))
         assert tuner.decide(observe()).shares.prefill in LADDER
 
 
@@ -350,8 +380,8 @@ def test_bad_ladders_are_refused(ladder):
 
 
 def test_steps_refine_the_model_that_the_policy_predicts_with():
-    predicting, machine = model(), twice_as_slow()
-    tuner = make_tuner("predictive", ladders=LADDERS, targets=targets(), model=predicting)
+    refined, machine = RefinedModel(model()), twice_as_slow()
+    tuner = make_tuner("predictive", ladders=LADDERS, targets=targets(), model=refined)
     rng = np.random.default_rng(0)
     for _ in range(4000):
         rows, context = int(rng.integers(1, 200)), int(rng.integers(50, 3000))
@@ -361,5 +391,5 @@ def test_steps_refine_the_model_that_the_policy_predicts_with():
     conditions = Conditions(0.6, 1.0, 1.0)
     for work in (decode_work(100, 700), prefill_work(2048)):
         expected = machine.predict(work, conditions)
-        assert predicting.predict(work, conditions) == pytest.approx(expected, rel=0.05)
-    assert all(0 < error.mean < 0.5 for error in tuner.errors.values())
+        assert refined.model.predict(work, conditions) == pytest.approx(expected, rel=0.05)
+    assert all(0 < error.mean < 0.5 for error in refined.errors.values())

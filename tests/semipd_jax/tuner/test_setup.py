@@ -1,9 +1,9 @@
 """Which options make a tuner, and what is said about those that do not."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from semipd_jax.errors import ConfigError, StartupError
@@ -125,17 +125,15 @@ def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path):
         build_config("m", tuner_profile=str(path))
 
 
-def test_tuners_of_one_engine_refine_one_model(profile_path):
+def test_what_was_learnt_and_the_profile_outlive_a_change_of_promises(profile_path):
     config = build_config("m", policy="predictive", tuner_profile=profile_path, **SLO, **LADDER)
     make, targets = tuner_factory(config), targets_of(config.tuner)
     first = make("predictive", targets, FULL)
-    second = make("predictive", targets, FULL)
+    second = make("predictive", replace(targets, default=SloTarget(300.0, 20.0)), FULL)
     assert first is not None
     assert second is not None
-    assert first is not second
-    model = first._model  # pyright: ignore[reportPrivateUsage]
-    model.set("decode", np.full(8, 2e-3))
-    assert second._model is model  # pyright: ignore[reportPrivateUsage]
+    assert first.policy is not second.policy
+    assert first.refined is second.refined is not None
 
 
 def layout(*, weight_bytes=16_000_000, kv_bytes_per_token=1024) -> MemoryLayout:

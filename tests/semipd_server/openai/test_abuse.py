@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from openai_rig import http_bytes, openai_client, request, while_serving
 from server_rig import Rig, Start, serving
@@ -203,6 +205,23 @@ def test_what_is_no_http_ends_the_connection(start: Start, sent: bytes):
     asyncio.run(main())
 
 
+def test_nothing_that_a_client_sends_is_a_line_of_the_log(
+    start: Start, caplog: pytest.LogCaptureFixture
+):
+    upgrade = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
+
+    async def main():
+        async with start() as rig:
+            for sent, end in ((b"\x16\x03\x01\r\n\r\n", b"}"), (upgrade, b"200 OK")):
+                with connect(rig) as client:
+                    client.send(sent)
+                    await until_received(client, end)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert caplog.records == []
+
+
 def test_a_vanished_client_aborts(start: Start):
 
     async def main():
@@ -216,29 +235,71 @@ def test_a_vanished_client_aborts(start: Start):
     asyncio.run(main())
 
 
-def test_more_connections_than_allowed_are_told_so(start: Start):
+async def until_connected(rig: Rig, number: int) -> None:
+    async with asyncio.timeout(60):
+        while len(connections(rig)) != number:
+            await asyncio.sleep(0.001)
+
+
+LONG = {"prompt": [5], "max_tokens": 60, "stream": True}
+
+
+def test_more_connections_than_allowed_are_told_so_and_how_the_server_is(start: Start):
     async def main():
-        async with start(max_calls=3) as rig:
-            idle = [connect(rig) for _ in range(3)]
-            while len(connections(rig)) < 3:
-                await asyncio.sleep(0.001)
-            reply = await request(rig, "GET", "/version")
-            assert reply.status_code == 503
-            assert reply.json()["error"]["type"] == "service_unavailable_error"
-            assert reply.headers["retry-after"]
-            while len(connections(rig)) > 3:
-                await asyncio.sleep(0.001)
-            idle += [connect(rig) for _ in range(3)]
-            while len(connections(rig)) < 6:
-                await asyncio.sleep(0.001)
-            for _ in range(2):
-                with connect(rig) as unheard, contextlib.suppress(ConnectionResetError):
-                    assert await until_closed(unheard) == b""
+        async with start(max_calls=3) as rig, contextlib.AsyncExitStack() as stack:
+            busy = [stack.enter_context(connect(rig)) for _ in range(3)]
+            for client in busy:
+                client.send(http_bytes("/v1/completions", LONG))
+            await rig.fake.until(lambda: len(rig.fake.running) == 3, stepping=False)
+            for _ in range(5):  # each leaves
+                async with httpx2.AsyncClient(base_url=rig.url) as late:
+                    refused = await late.get("/version")
+                    assert refused.status_code == 503
+                    assert refused.json()["error"]["type"] == "service_unavailable_error"
+                    assert refused.headers["retry-after"]
+                    assert refused.headers["connection"] == "close"
+                    health = asyncio.ensure_future(late.get("/health"))
+                    await rig.fake.until(health.done, stepping=False)
+                    assert health.result().status_code == 200
+            await until_connected(rig, 3)
+            late = [stack.enter_context(connect(rig)) for _ in range(4)]
+            with contextlib.suppress(ConnectionResetError):
+                assert await until_closed(late[0]) == b""  # the newest one has its place
+            await until_connected(rig, 6)
+            for client in busy:
+                ended = asyncio.ensure_future(until_received(client, b"[DONE]"))
+                await rig.fake.until(ended.done)
+                client.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert b"200 OK" in await until_received(client, b'"}')
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sent", [b"", http_bytes("/v1/completions", LONG)[:-3]])
+def test_one_host_cannot_keep_others_out_with_connections_that_it_does_not_use(
+    start: Start, sent: bytes
+):
+    async def main():
+        async with start(max_calls=4) as rig, contextlib.AsyncExitStack() as stack:
+            host = {"local_address": "127.0.0.2"}
+            transport = httpx2.AsyncHTTPTransport(**host)
+            other = httpx2.AsyncClient(base_url=rig.url, transport=transport, timeout=60)
+            await stack.enter_async_context(other)
+            busy = stack.enter_context(connect(rig))
+            busy.send(http_bytes("/v1/completions", LONG))
+            await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
+            idle = [stack.enter_context(connect(rig)) for _ in range(20)]
             for client in idle:
-                client.close()
-            while connections(rig):
-                await asyncio.sleep(0.001)
-            assert await still_serves(rig)
+                with contextlib.suppress(ConnectionError):
+                    client.send(sent)
+            await until_connected(rig, 4)
+            for path in ("/version", "/health"):
+                answer = await while_serving(rig, other.get(path))
+                assert answer.status_code == 200
+            assert len(connections(rig)) == 4
+            ended = asyncio.ensure_future(until_received(busy, b"[DONE]"))
+            await rig.fake.until(ended.done)
+            assert await still_serves(rig)  # this host, too
 
     asyncio.run(main())
 

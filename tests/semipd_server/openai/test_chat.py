@@ -4,7 +4,7 @@ from typing import Any
 import openai
 import pytest
 from openai_rig import collect, in_thread, openai_client, says, while_serving
-from server_rig import EOS, Start
+from server_rig import EOS, MAX_MODEL_LEN, Start
 
 from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ def test_content_parts_and_new_roles(start: Start, tokenizer: Tokenizer):
             await while_serving(rig, create)
             same = [
                 {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "a\nb"},
+                {"role": "user", "content": "a\nb", "name": "anna"},
             ]
             assert rig.fake.submitted[0].prompt_token_ids == tuple(tokenizer.encode_chat(same))
 
@@ -172,6 +172,19 @@ def test_content_parts_and_new_roles(start: Start, tokenizer: Tokenizer):
             "messages[0].tool_calls",
             "not supported",
         ),
+        (
+            [{"role": "user", "content": "x", "tool_call_id": "1"}],
+            "messages[0].tool_call_id",
+            "not",
+        ),
+        ([{"role": "assistant", "content": "x", "refusal": "No"}], "messages[0].refusal", "not"),
+        ([{"role": "user", "content": "x", "nmae": "y"}], "messages[0].nmae", "unrecognized"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", "null"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x", "cached": True}]}],
+            "messages[0].content[0].cached",
+            "unrecognized",
+        ),
     ],
 )
 def test_bad_messages_are_named(start: Start, messages: list[Any], param: str, text: str):
@@ -181,6 +194,58 @@ def test_bad_messages_are_named(start: Start, messages: list[Any], param: str, t
                 await client.chat.completions.create(model="tiny", messages=messages)
             assert refused.value.param == param
             assert refused.value.type == "invalid_request_error"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": MAX_MODEL_LEN}, "max_tokens"),
+        ({"extra_body": {"guided_regex": "a" * 5000}}, "guided_regex"),
+    ],
+)
+def test_errors_name_the_field_that_was_sent(start: Start, fields: dict[str, Any], param: str):
+    async def main():
+        async with start() as rig, openai_client(rig) as client:
+            asked: dict[str, Any] = {"model": "tiny", "messages": CHAT, **fields}
+            with pytest.raises(openai.BadRequestError, match=f"{param} is ") as refused:
+                await client.chat.completions.create(**asked)
+            assert refused.value.param == param
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [MAX_MODEL_LEN, 4000])
+def test_a_chat_that_is_too_long_has_openais_code(start: Start, size: int):
+    async def main():
+        async with start() as rig, openai_client(rig) as client:
+            messages: list[Any] = [{"role": "user", "content": "😀" * size}]
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.chat.completions.create(model="tiny", messages=messages)
+            assert refused.value.code == "context_length_exceeded"
+            assert refused.value.param == "messages"
+
+    asyncio.run(main())
+
+
+def test_an_answer_may_come_back_as_a_message(start: Start, tokenizer: Tokenizer):
+    """With all the fields that the client knows, most of them null."""
+
+    async def main():
+        async with start(answer=says(tokenizer, "ab")) as rig, openai_client(rig) as client:
+            create = client.chat.completions.create
+            first = await while_serving(rig, create(model="tiny", messages=CHAT))
+            answer = first.choices[0].message
+            for message in (answer, answer.model_dump(exclude_unset=False)):
+                messages: list[Any] = [*CHAT, message]
+                assert await while_serving(rig, create(model="tiny", messages=messages))
+            same = [*CHAT, {"role": "assistant", "content": "ab"}]
+            expected = tuple(tokenizer.encode_chat(same))
+            assert [r.prompt_token_ids for r in rig.fake.submitted[1:]] == [expected] * 2
 
     asyncio.run(main())
 

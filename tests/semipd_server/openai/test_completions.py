@@ -7,6 +7,7 @@ from server_rig import EOS, Start
 
 from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import Tokenizer
+from semipd_server.settings import Settings
 
 ANSWER = "naïve 日本語 😀 fox"
 
@@ -246,7 +247,8 @@ def test_leaving_aborts_every_choice(start: Start, stream: bool, n: int):
 
 def test_priority_and_salt_are_taken_as_vllm_takes_them(start: Start):
     async def main():
-        async with start() as rig, openai_client(rig) as client:
+        settings = Settings(port=0, http_port=0, min_priority=-3)
+        async with start(settings=settings) as rig, openai_client(rig) as client:
             options: dict[str, Any] = {"model": "tiny", "prompt": [5, 6], "max_tokens": 1, "n": 2}
             extra = {"priority": -3, "cache_salt": "tenant"}
             await while_serving(rig, client.completions.create(**options, extra_body=extra))

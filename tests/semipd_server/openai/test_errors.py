@@ -12,6 +12,7 @@ from openai_rig import openai_client, request, while_serving
 from server_rig import MAX_MODEL_LEN, Start
 
 from semipd_jax.client import EngineClient
+from semipd_jax.config import SchedulerConfig
 from semipd_server.limits import MAX_CHOICES, MAX_PROMPTS
 from semipd_server.openai import schema
 
@@ -50,7 +51,7 @@ INVALID = [
     ({"logprobs": -1}, "logprobs"),
     ({"echo": True, "logprobs": 1}, "echo"),
     ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usages": True}}, "stream_options"),
+    ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     ({"response_format": "json"}, "response_format"),
@@ -84,6 +85,18 @@ def test_a_bad_field_is_named_with_its_value(start: Start, fields: dict[str, Any
                 rig, client.completions.create(model="tiny", prompt="Hi", max_tokens=1)
             )
             assert good.choices
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("prompt", [[5] * MAX_MODEL_LEN, "x" * 2000])
+def test_a_prompt_that_is_too_long_has_openais_code(start: Start, prompt: Any):
+    async def main():
+        async with start() as rig, openai_client(rig) as client:
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.completions.create(model="tiny", prompt=prompt)
+            assert refused.value.code == "context_length_exceeded"
+            assert refused.value.param == "prompt"
 
     asyncio.run(main())
 
@@ -188,6 +201,36 @@ def test_a_full_queue_is_429_with_a_delay(start: Start, stream: bool):
                 )
             assert refused.value.response.headers["retry-after"] == "1"
             assert refused.value.code == "queue_full"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "told"),
+    [
+        ({"prompt": ["Hi"] * 3, "n": 2}, "n", "6 choices of 3 prompts; allowed: at most 5"),
+        ({"prompt": ["Hi"] * 6}, "prompt", "6 choices of 6 prompts; allowed: at most 5"),
+        ({"prompt": [5] * 21, "n": 2}, "n", "42 prompt tokens in 2 choices; allowed: at most 40"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_choices_than_the_queue_ever_takes_are_no_reason_to_try_again(
+    start: Start, fields: dict[str, Any], param: str, told: str, stream: bool
+):
+    limits = SchedulerConfig(max_num_queued_reqs=5, max_num_queued_tokens=40)
+    asked = {"model": "tiny", "prompt": "Hi", "max_tokens": 1, "stream": stream}
+
+    async def main():
+        async with start(limits=limits) as rig, openai_client(rig) as client:
+            with pytest.raises(openai.BadRequestError, match=told) as refused:
+                await client.post("/completions", cast_to=object, body=asked | fields)
+            assert refused.value.param == param
+            assert "retry-after" not in refused.value.response.headers
+            assert rig.fake.submitted == []
+            for fits in ({"prompt": ["Hi"] * 5}, {"n": 5}, {"prompt": [5] * 20, "n": 2}):
+                body = asked | fits | {"stream": False}
+                answer = client.post("/completions", cast_to=object, body=body)
+                assert await while_serving(rig, answer)
 
     asyncio.run(main())
 

@@ -10,13 +10,16 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from server_rig import INFO, MAX_MODEL_LEN, Rig, Start, read_all
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from semipd_jax.client.sampling import complete_sampling
+from semipd_jax.config import SchedulerConfig
 from semipd_jax.request import ANY_OBJECT, FinishReason, SamplingParams, StructuredOutputs
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.vllm.convert import samplings_from
@@ -90,6 +93,19 @@ def test_choices_are_told_apart_and_seeds_differ(start: Start):
     asyncio.run(main())
 
 
+def test_more_choices_than_the_queue_ever_takes_are_refused(start: Start):
+    async def main():
+        async with start(limits=SchedulerConfig(max_num_queued_reqs=2)) as rig:
+            code, text = await refusal(rig, request(max_tokens=1, n=3))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "n is 3" in text
+            assert "at most 2" in text
+            assert rig.fake.submitted == []
+            assert await answers(rig, request(max_tokens=1, n=2))
+
+    asyncio.run(main())
+
+
 def test_stop_tokens_and_strings_are_named(start: Start):
     async def main():
         async with start() as rig:
@@ -133,12 +149,16 @@ def test_constraints_are_forms(start: Start, constraint: dict[str, Any], form: S
     asyncio.run(main())
 
 
-def test_abort_ends_the_stream(start: Start):
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_abort_ends_the_stream(start: Start, is_draining: bool):
     async def main():
         async with start() as rig:
             call = stub(rig).Generate(request(max_tokens=60, n=2, request_id="r"))
             first = asyncio.ensure_future(call.read())
             await rig.fake.until(first.done)
+            if is_draining:
+                rig.front_end.gate.close("the server is shutting down")
+                assert (await refusal(rig, request()))[0] is grpc.StatusCode.UNAVAILABLE
             await ask(rig, "Abort", pb.AbortRequest(request_ids=["r", "unknown"]))
             rest = asyncio.ensure_future(read_all(call))
             await rig.fake.until(rest.done, stepping=False)
@@ -157,6 +177,41 @@ def test_leaving_aborts(start: Start):
             call.cancel()
             await rig.fake.until(lambda: not rig.fake.running, stepping=False)
             assert rig.fake.aborted == [FinishReason.ABORT]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (request(temperature=-1.0), "sampling_params.temperature"),
+        (request(n=MAX_CHOICES + 1), "sampling_params.n"),
+        (request(prompt_logprobs=1), "sampling_params.prompt_logprobs"),
+        (request(stop=["x"] * 17), "sampling_params.stop"),
+        (request(stop_token_ids=[10**6]), "sampling_params.stop_token_ids"),
+        (request(json_schema="{"), "sampling_params.json_schema"),
+        (request(regex="x" * 5000), "sampling_params.regex"),
+        (request(choice=pb.ChoiceConstraint(choices=[""])), "sampling_params.choice.choices"),
+        (request(request_id="x" * 200), "request_id"),
+        (pb.GenerateRequest(), "input"),
+        (pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[10**6])), "input"),
+    ],
+)
+def test_a_bad_field_has_its_name_in_this_contract(
+    start: Start, message: pb.GenerateRequest, field: str
+):
+    async def main():
+        async with start() as rig:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await answers(rig, message)
+            status, bad = rpc_status.from_call(error.value), error_details_pb2.BadRequest()
+            assert status is not None
+            assert status.details[0].Unpack(bad)
+            assert [violation.field for violation in bad.field_violations] == [field]
+            step: Any = pb.GenerateRequest.DESCRIPTOR
+            for name in field.split("."):
+                found = step.fields_by_name.get(name) or step.oneofs_by_name[name]
+                step = getattr(found, "message_type", None)
 
     asyncio.run(main())
 

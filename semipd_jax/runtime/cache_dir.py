@@ -1,0 +1,35 @@
+"""The directory of compiled programs: machine code that we run, so nobody else may write there."""
+
+import os
+import stat
+from pathlib import Path
+
+from semipd_jax.errors import ConfigError
+
+
+def cache_root(directory: str | None) -> Path:
+    """`directory` or ~/.cache/semipd_jax; made if it is not there.
+
+    Raises:
+      ConfigError: it cannot be made, or is not private.
+    """
+    root = Path(directory) if directory else Path.home() / ".cache" / "semipd_jax"
+    make_private(root)
+    return root
+
+
+def make_private(path: Path) -> None:
+    """Raises ConfigError if it cannot be made, belongs to another user or is writable by others."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"compile_cache_dir is {str(path)!r}; allowed: a directory that can be made: "
+            f"{error.strerror}"
+        ) from error
+    if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"compile_cache_dir is {str(path)!r}; allowed: a directory of this user that nobody "
+            "else may write to"
+        )
