@@ -152,8 +152,9 @@ async def soak(launcher: Launcher, args: argparse.Namespace) -> Seen:
             asyncio.ensure_future(kill_workers(args.every, kills)),
             asyncio.ensure_future(_watch(seen)),
         ]
-        loops = (_repeat(kinds[i % len(kinds)], end_s, seen) for i in range(args.users))
-        await asyncio.gather(*loops)
+        await asyncio.gather(
+            *(_repeat(kinds, end_s, seen, random.Random(i)) for i in range(args.users))
+        )
         for task in disturbing:
             task.cancel()
         ends = await asyncio.gather(*disturbing, return_exceptions=True)
@@ -162,8 +163,11 @@ async def soak(launcher: Launcher, args: argparse.Namespace) -> Seen:
     return seen
 
 
-async def _repeat(use: Callable[[], Awaitable[None]], end_s: float, seen: Seen) -> None:
+async def _repeat(
+    kinds: Sequence[Callable[[], Awaitable[None]]], end_s: float, seen: Seen, rng: random.Random
+) -> None:
     while time.monotonic() < end_s:
+        use = rng.choice(kinds)
         try:
             await use()
         except Exception as error:
