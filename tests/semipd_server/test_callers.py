@@ -49,19 +49,24 @@ def test_without_keys_what_a_client_says_to_be_its_key_makes_no_difference(start
 
 
 @pytest.mark.parametrize(
-    ("peer", "host", "connection"),
+    ("peer", "address", "host", "connection"),
     [
-        ("ipv4:10.0.0.7:51234", "10.0.0.7", "51234"),
-        ("ipv6:%5B2001:db8::1%5D:51234", "2001:db8::1", "51234"),
-        ("ipv6:[::1]:51234", "::1", "51234"),
-        ("unix:", "", ""),
+        ("ipv4:10.0.0.7:51234", "10.0.0.7", "10.0.0.7", "51234"),
+        ("ipv6:%5B2001:db8::1%5D:51234", "2001:db8::1", "2001:db8::/64", "51234"),
+        ("ipv6:%5B2001:db8::ffff:2%5D:51234", "2001:db8::ffff:2", "2001:db8::/64", "51234"),
+        ("ipv6:[2001:db8:0:1::1]:51234", "2001:db8:0:1::1", "2001:db8:0:1::/64", "51234"),
+        ("ipv6:%5B::ffff:10.0.0.7%5D:51234", "::ffff:10.0.0.7", "10.0.0.7", "51234"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:51234", "fe80::1%eth0", "fe80::/64", "51234"),
+        ("unix:", "", "", ""),
     ],
 )
-def test_a_host_has_one_name_over_grpc_and_http(peer: str, host: str, connection: str):
+def test_a_host_has_one_name_over_grpc_and_http(
+    peer: str, address: str, host: str, connection: str
+):
     def callers() -> tuple[tuple[str, ...], tuple[str, ...]]:
         set_grpc_caller("a", peer)
         over_grpc = CALLER.get()
-        set_http_caller("a", (host, 51234))
+        set_http_caller("a", (address, 51234))
         return over_grpc, CALLER.get()
 
     over_grpc, over_http = copy_context().run(callers)
