@@ -187,10 +187,12 @@ class Submit(Message, frozen=True):
 
 class Abort(Message, frozen=True):
     """The client wants no more tokens. Answered by `Done`, unless the request has ended already.
-    `reason` is what that reports: ABORT, or STOP when the client found a stop string."""
+    `reason` is what that reports: ABORT, or STOP when the client found a stop string. With `error`,
+    it is not the user who ends it, and the request has failed."""
 
     handle: int
     reason: FinishReason = FinishReason.ABORT
+    error: str | None = None
 
 
 class GetStats(Message, frozen=True):

@@ -349,7 +349,7 @@ class EngineClient:
             if self._forget(stream):
                 text = f"the request took longer than {timeout_s:g} s, the most that is allowed"
                 stream.refused(RequestTimeoutError(text))
-                self._abort(stream.handle, FinishReason.ABORT)
+                self._abort(stream.handle, FinishReason.ABORT, text)
                 self.observations.gave_up(ERROR)
 
         return asyncio.get_running_loop().call_later(timeout_s, end)
@@ -385,13 +385,13 @@ class EngineClient:
         del self._handles[stream.request_id]
         return True
 
-    def _abort(self, handle: int, reason: FinishReason) -> None:
+    def _abort(self, handle: int, reason: FinishReason, error: str | None = None) -> None:
         if self._link is None:
             return
         try:
-            self._link.send(Abort(handle, reason))
+            self._link.send(Abort(handle, reason, error))
         except BlockingIOError:
-            asyncio.get_running_loop().call_later(_RETRY_S, self._abort, handle, reason)
+            asyncio.get_running_loop().call_later(_RETRY_S, self._abort, handle, reason, error)
 
     # ------------------------------------------------------------ what the coordinator says
 

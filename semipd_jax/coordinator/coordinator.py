@@ -122,13 +122,11 @@ class Coordinator:
                     self._submit(client, handle, request, now)
                 else:
                     self._compile(client, handle, request)
-            case Abort(handle=handle, reason=reason):
+            case Abort(handle=handle, reason=reason, error=error):
                 if (waiting := self._compiling.pop((client, handle), None)) is not None:
-                    waited_s, targets = now - waiting.arrival_s, self._shares.targets
-                    self._counts.attainment.left(waited_s, targets.of(waiting.priority), now)
-                    done = Done(handle, reason, Timings(queue_s=waited_s), 0)
-                    self._to_client(client, Outputs(b"", b"", [], [done]))
-                self._deliver(self._scheduler.abort(client, handle, reason, now_s=now))
+                    self._leave_compiling(client, message, waiting, now)
+                result = self._scheduler.abort(client, handle, reason, now_s=now, error=error)
+                self._deliver(result)
                 self._send_steps()  # a row and pages may have come free
             case GetStats(query_id=query_id):
                 partition = partition_of(self._shares, self._lanes, now)
@@ -241,6 +239,16 @@ class Coordinator:
             self._compiling[client, handle] = _Waiting(self._clock(), request.priority)
             is_wanted = partial(self._compiling.__contains__, (client, handle))
             self._grammars.compile(client, handle, request, is_wanted)
+
+    def _leave_compiling(self, client: str, abort: Abort, waiting: _Waiting, now_s: float) -> None:
+        waited_s = now_s - waiting.arrival_s
+        if abort.error is None:
+            target = self._shares.targets.of(waiting.priority)
+            self._counts.attainment.left(waited_s, target, now_s)
+        else:
+            self._counts.attainment.missed(now_s)
+        done = Done(abort.handle, abort.reason, Timings(queue_s=waited_s), 0)
+        self._to_client(client, Outputs(b"", b"", [], [done]))
 
     def _turn_away(self, client: str, handle: int, reason: str) -> None:
         """There is no room, which is no fault of the client's: it misses what was promised."""

@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 import msgspec
@@ -68,6 +69,7 @@ class TunedShares(ShareControl[Phase]):
         self._in_flight: dict[Phase, deque[_InFlight]] = {"prefill": deque(), "decode": deque()}
         self._overlaps = Overlaps()
         self._finished: list[FinishedRequest] = []
+        self._since_s = -inf  # when the policy began: it learns from what arrives from then on
         self._latest: _Decided | None = None
         self._logged_s = -_LOG_EVERY_S
         self._num_unlogged = 0
@@ -75,10 +77,13 @@ class TunedShares(ShareControl[Phase]):
         self.set_policy(policy, self.targets)
 
     def set_policy(self, policy: SharePolicy, targets: SloTargets) -> None:
-        now = Shares(self.asked["prefill"], self.asked["decode"])
-        self._tuner = self._tuner_of(policy, targets, now)
-        if policy == "static" and self.policy != "static":
-            self.asked.update(self.configured)  # not what suited the policy's latest step
+        # Not what suited the latest step of a policy that goes.
+        is_kept = self.policy in ("static", policy)
+        asked = self.asked if is_kept else self.configured
+        self._tuner = self._tuner_of(policy, targets, Shares(asked["prefill"], asked["decode"]))
+        self.asked.update(asked)
+        if policy != self.policy:
+            self._since_s = self._clock()
         self.policy, self.targets = policy, targets
         self._latest = None
         self._finished = []
@@ -184,7 +189,7 @@ class TunedShares(ShareControl[Phase]):
         self._overlaps.lost(phase, self._clock())
 
     def request_ended(self, request: FinishedRequest) -> None:
-        if self._tuner is not None:
+        if self._tuner is not None and request.arrival_s >= self._since_s:
             self._finished.append(request)
 
 
@@ -196,7 +201,8 @@ def kv_demand(state: SchedulerState) -> float:
     """
     left = state.pages.num_available
     for request in state.waiting:
-        left -= pages_for(len(request.token_ids) - request.num_found_held, state.limits.page_size)
+        num_held = state.num_found(request, held=True)
+        left -= pages_for(len(request.token_ids) - num_held, state.limits.page_size)
         if left <= 0:
             return 1.0
     return 1 - left / (state.limits.num_pages - 1)
@@ -213,12 +219,12 @@ def upcoming_decode(state: SchedulerState) -> Work | None:
 
 
 def upcoming_prefill(state: SchedulerState) -> Work | None:
-    """The next prefill step, if the cache still holds what it did when requests were queued, and
-    all find room."""
+    """The next prefill step, if all find room."""
     left = state.limits.max_num_batched_tokens
     rows = tokens = contexts = pairs = 0
     for request in in_order(state):
-        start = request.num_found if request.stage is Stage.WAITING else request.num_scheduled
+        waits = request.stage is Stage.WAITING
+        start = state.num_found(request) if waits else request.num_scheduled
         num = min(left, len(request.token_ids) - start)
         if num <= 0:
             continue

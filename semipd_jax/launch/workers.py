@@ -99,6 +99,7 @@ class Workers:
         self._leaving: dict[Process, float] = {}  # asked to stop → until when they may stay
         self._in_the_way: set[Process] = set()  # to be gone before other workers start
         self._due: list[WorkerSlot] = []  # to be started then
+        self._asked: dict[Lane, float] = {}  # beside the ladder, and not started yet
 
     def slot_of(self, process: Process) -> WorkerSlot | None:
         return next((slot for slot in self.slots if slot.process is process), None)
@@ -125,12 +126,10 @@ class Workers:
             self._start(waiting[-1])
 
     def add(self, lane: Lane, share: float) -> None:
-        """A worker beside the ladder, unless there is one."""
-        if not any((slot.lane, slot.share) == (lane, share) for slot in self.slots):
-            slot = WorkerSlot(lane, share, is_extra=True)
-            self.slots.append(slot)
-            self._due.append(slot)
-            self._start_due()
+        """A worker beside the ladder, unless there is one. While another one of the lane starts, it
+        waits, and only the last one that was asked for meanwhile is started at all."""
+        self._asked[lane] = share
+        self._start_due()
 
     def retire(self, worker_id: str) -> None:
         for slot in self.slots:
@@ -158,6 +157,7 @@ class Workers:
         slot.down_since_s = None
         slot.num_failed_starts = 0
         self.start_next(slot.lane)
+        self._start_due()
 
     def exited(self, process: Process, status: int, words: Failed | None) -> None:
         """Has the worker replaced, unless it was to go. Raises EngineError if it cannot be."""
@@ -188,6 +188,13 @@ class Workers:
         self.alive.add(slot.process)
 
     def _start_due(self) -> None:
+        for lane, share in list(self._asked.items()):
+            slots = [slot for slot in self.slots if slot.lane == lane]
+            if all(slot.is_ready for slot in slots if slot.is_extra):
+                del self._asked[lane]
+                if all(slot.share != share for slot in slots):
+                    self.slots.append(WorkerSlot(lane, share, is_extra=True))
+                    self._due.append(self.slots[-1])
         while self._due and not self._in_the_way:
             self._start(self._due.pop(0))
 

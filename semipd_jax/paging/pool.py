@@ -49,6 +49,11 @@ class PagePool:
             page_ids.append(page)
         return page_ids
 
+    def has(self, page: int, key: bytes, *, held: bool) -> bool:
+        """Whether the page that `match` once returned for `key` still has it and, if `held`, is
+        referenced."""
+        return self._key_of[page] == key and (not held or self._num_references[page] > 0)
+
     def num_unreferenced(self, page_ids: Iterable[int]) -> int:
         """How many of these are available, and would not be once referenced."""
         return sum(self._num_references[page] == 0 for page in page_ids)

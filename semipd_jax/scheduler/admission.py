@@ -15,7 +15,7 @@ def refusal(request: RequestState, state: SchedulerState) -> str | None:
         return f"{most} requests are waiting already, the most allowed; try again"
     if limits.max_num_queued_tokens is None:
         return None
-    queued = sum(len(r.token_ids) - r.num_found for r in state.waiting)
+    queued = sum(len(r.token_ids) - state.num_found(r) for r in state.waiting)
     queued += sum(len(r.token_ids) - r.num_scheduled for r in state.prefilling)
     room = limits.max_num_queued_tokens - queued
     if not queued or request.num_prompt <= room:

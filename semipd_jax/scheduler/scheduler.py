@@ -132,12 +132,21 @@ class Scheduler:
         self._enqueue(new)
         return None
 
-    def abort(self, client: str, handle: int, reason: FinishReason, *, now_s: float) -> Result:
-        """Ends a request at once; unknown ones (already finished) are ignored."""
+    def abort(
+        self,
+        client: str,
+        handle: int,
+        reason: FinishReason,
+        *,
+        now_s: float,
+        error: str | None = None,
+    ) -> Result:
+        """Ends a request at once, for `error` if the engine gives up on it; unknown ones (already
+        finished) are ignored."""
         request = self.state.requests.get((client, handle))
         if request is None:
             return Result()
-        return Result(endings=[self._end(request, reason, now_s=now_s)])
+        return Result(endings=[self._end(request, reason, now_s=now_s, error=error)])
 
     def abort_client(self, client: str, *, now_s: float) -> None:
         """Ends everything that a vanished client asked for."""
@@ -264,17 +273,17 @@ class Scheduler:
     # ------------------------------------------------------------ changes of the state
 
     def _enqueue(self, request: RequestState) -> None:
-        state, cached = self.state, self.state.cached_pages(request)
-        num_held = len(cached) - state.pages.num_unreferenced(cached)
-        request.num_found = len(cached) * state.limits.page_size
-        request.num_found_held = num_held * state.limits.page_size
-        num_to_compute = len(request.token_ids) - request.num_found
+        state = self.state
+        request.found_pages = state.cached_pages(request)
+        num_found = len(request.found_pages) * state.limits.page_size
+        num_to_compute = len(request.token_ids) - num_found
         state.enqueue(request, rank(request, num_to_compute, state.limits))
 
     def _admit(self, chunk: Chunk, *, now_s: float) -> None:
         state, request = self.state, chunk.request
         assert state.waiting[0] is request, "admission is in order"
         state.dequeue(request)
+        request.found_pages = []
         request.row = state.free_rows.pop()
         request.stage = Stage.PREFILLING
         request.admitted_at = self._num_admitted

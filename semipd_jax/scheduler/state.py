@@ -79,8 +79,8 @@ class RequestState:
       constraint: None if its output is free.
       rank: its place in the queue while it waits.
       num_scheduled: leading tokens whose KV a sent step has written or will write, or was cached.
-      num_found, num_found_held: leading tokens whose KV was there when the request was last queued,
-        and those of them whose pages others held.
+      found_pages: while it waits, the pages that had its leading tokens when it was queued; it does
+        not hold them, see `SchedulerState.num_found`.
       num_cached: leading tokens whose KV was there when the request was last admitted.
       num_sealed: leading pages that are full, whose KV is known to be written: it writes them no
         more.
@@ -106,8 +106,7 @@ class RequestState:
     row: int = SCRATCH_ROW
     page_ids: list[int] = field(default_factory=list[int])
     num_scheduled: int = 0
-    num_found: int = 0
-    num_found_held: int = 0
+    found_pages: list[int] = field(default_factory=list[int])
     num_cached: int = 0
     num_sealed: int = 0
     steps: set[int] = field(default_factory=set[int])
@@ -275,6 +274,18 @@ class SchedulerState:
             return []
         most = (len(request.token_ids) - 1) // self.limits.page_size
         return self.pages.match(request.page_keys.up_to(most, request.token_ids))
+
+    def num_found(self, request: RequestState, *, held: bool = False) -> int:
+        """Leading tokens of a waiting request whose KV was there when it was queued and still is;
+        with `held`, in pages that somebody holds. Of a sequence the end is given up, and let go
+        of, before the beginning."""
+
+        def is_gone(i: int) -> bool:
+            key = request.page_keys.of(i, request.token_ids)
+            return not self.pages.has(request.found_pages[i], key, held=held)
+
+        num_pages = bisect_left(range(len(request.found_pages)), True, key=is_gone)
+        return num_pages * self.limits.page_size
 
     def check(self) -> None:
         """Recomputes every invariant; raises AssertionError. For tests."""

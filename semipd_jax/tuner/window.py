@@ -83,9 +83,13 @@ class Collector:
         self._requests: list[FinishedRequest] = []
 
     def add(self, finished: FinishedRequest) -> None:
-        """Of requests that arrived under shares that no longer hold, nothing follows."""
-        if finished.arrival_s >= self._since_s:
-            self._requests.append(finished)
+        """Of requests that arrived under shares that no longer hold, nothing follows; nor of those
+        before a pause as long as a window."""
+        if finished.arrival_s < self._since_s:
+            return
+        if self._requests and finished.arrival_s - self._requests[-1].arrival_s > self._after_s:
+            self._requests, self._opened_s = [], None
+        self._requests.append(finished)
 
     def take(self, now_s: float) -> Window | None:
         """A full window, which starts the next one; None if it is not full yet."""

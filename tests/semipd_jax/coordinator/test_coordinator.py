@@ -99,6 +99,15 @@ def test_abort_ends_the_stream_at_once_and_frees_pages_after_the_step(engine):
     assert engine.scheduler.state.pages.num_available == LIMITS.num_pages - 1
 
 
+def test_a_request_that_the_engine_gives_up_on_has_missed_its_promise(engine):
+    for handle, error in ((1, None), (2, "it took too long")):
+        engine.submit(handle)
+        engine.coordinator.from_client("c", Abort(handle, error=error))
+    assert {h: d.error for h, d in engine.received()[1].items()} == {1: None, 2: "it took too long"}
+    counts = engine.coordinator._counts.attainment.counts()
+    assert (counts.num_ended, counts.num_met) == (1, 0)
+
+
 def test_requests_wait_for_workers_then_run():
     engine = Engine()
     request = engine.submit(1)

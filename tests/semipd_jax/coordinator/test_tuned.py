@@ -18,9 +18,11 @@ from semipd_jax.coordinator.coordinator import Coordinator
 from semipd_jax.coordinator.tuned import TunedShares, kv_demand, upcoming_prefill
 from semipd_jax.errors import ConfigError
 from semipd_jax.messages import (
+    DecodeStep,
     GetStats,
     Partition,
     PartitionReply,
+    PrefillStep,
     SetPartition,
     SetSlo,
     Slo,
@@ -29,7 +31,7 @@ from semipd_jax.messages import (
     Submit,
     WorkerReady,
 )
-from semipd_jax.request import Request, SamplingParams
+from semipd_jax.request import FinishReason, Request, SamplingParams
 from semipd_jax.scheduler.scheduler import Scheduler
 from semipd_jax.scheduler.state import Limits
 from semipd_jax.tuner.latency import LatencyModel, Sample
@@ -284,6 +286,26 @@ def test_a_share_makes_the_policy_static_until_one_is_set_again(engine, tuner):
     assert tuner.seen
 
 
+def test_a_policy_begins_with_the_configured_shares_and_what_ran_under_them(engine, tuner):
+    tuner.rule = lambda _: Shares(1.0, 0.5)
+    engine.submit(1, max_tokens=3)
+    engine.submit(2, max_tokens=6)
+    engine.run_all()
+    assert engine.shares.asked["decode"] == 0.5
+    engine.submit(3, max_tokens=3)
+    engine.now += 1.0
+    began_s = engine.now
+    partition, _ = engine.change(SetPartition(1, policy="semi-pd"))
+    assert partition.decode.asked == 1.0
+    tuner.seen.clear()
+    engine.submit(4, max_tokens=3)
+    engine.run_all()
+    engine.submit(5, max_tokens=3)
+    engine.run_all()
+    finished = [request for o in tuner.seen for request in o.finished]
+    assert [request.arrival_s for request in finished] == [began_s]
+
+
 def test_the_other_share_is_the_configured_one_again(engine, tuner):
     tuner.rule = lambda _: Shares(1.0, 0.5)
     engine.submit(1, max_tokens=3)
@@ -386,6 +408,40 @@ def test_what_is_cached_is_neither_demand_nor_work():
     work = upcoming_prefill(scheduler.state)
     assert work is not None
     assert (work.num_rows, work.num_tokens, work.context_tokens) == (1, 3, 19)
+
+
+def test_what_others_hold_is_demand_when_they_let_go_of_it():
+    """Nineteen pages; a request waits whose first four another one holds, until that ends."""
+    scheduler, device = make_scheduler(num_rows=2)
+    first = make_request(16, 8)
+    scheduler.submit("c", 0, first, now_s=0.0)
+    sent = scheduler.next_prefill(now_s=0.0)
+    assert sent is not None
+    scheduler.step_done(device.run(sent.step), now_s=0.0)
+    scheduler.submit("c", 1, make_request((*first.prompt_token_ids, 1, 2, 3), 2), now_s=0.0)
+    assert kv_demand(scheduler.state) == pytest.approx((4 + 1) / 19)
+    scheduler.abort("c", 0, FinishReason.ABORT, now_s=0.0)
+    assert kv_demand(scheduler.state) == pytest.approx(5 / 19), "it will hold all five itself"
+
+
+def test_a_preempted_request_is_demand_when_its_last_step_is_answered():
+    scheduler, device = make_scheduler(num_pages=10)
+    for handle in range(2):
+        scheduler.submit("c", handle, make_request(12, 12, seed=handle), now_s=0.0)
+    in_flight: list[PrefillStep | DecodeStep] = []
+    while not scheduler.num_preemptions:
+        sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
+        if sent is not None:
+            in_flight.append(sent.step)
+        if len(in_flight) == 2 or sent is None:
+            scheduler.step_done(device.run(in_flight.pop(0)), now_s=0.0)
+    [preempted] = scheduler.state.waiting
+    for step in in_flight:
+        scheduler.step_done(device.run(step), now_s=0.0)
+    assert scheduler.state.quarantine.num_pages == 0
+    assert scheduler.state.num_found(preempted) > 0, "its pages are cached"
+    assert scheduler.state.num_found(preempted, held=True) == 0, "and nobody's"
+    assert kv_demand(scheduler.state) == 1.0
 
 
 def test_the_next_prefill_step_is_in_the_order_of_prefills():

@@ -95,6 +95,20 @@ def test_a_share_beside_the_ladder_gets_a_worker_that_leaves_with_it(launcher, c
     wait_until(lambda: client.shares().decode.warm == (0.5, 0.7, 1.0))
 
 
+def test_of_shares_asked_for_in_a_row_only_the_last_gets_a_worker(launcher, client):
+    gate = Path(launcher.run_dir) / "sleep-decode"
+    gate.touch()
+    client.shares(decode=0.6)
+    wait_until(lambda: "decode worker 0.60" in workers())
+    for share in (0.7, 0.75, 0.8):
+        client.shares(decode=share)
+    assert workers() == RUNGS | {"decode worker 0.60"}
+    gate.unlink()
+    engine_processes()["decode worker 0.60"].kill()  # it sleeps
+    wait_until(lambda: client.shares().decode.warm == (0.5, 0.8, 1.0))
+    wait_until(lambda: workers() == RUNGS | {"decode worker 0.80"})
+
+
 def test_a_share_whose_worker_cannot_start_is_given_up(launcher, client):
     (Path(launcher.run_dir) / "die-decode").touch()
     client.shares(decode=0.7)

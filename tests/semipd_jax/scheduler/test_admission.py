@@ -38,6 +38,28 @@ def test_a_prompt_above_the_limit_is_served_when_it_is_alone():
     assert scheduler.submit("c", 1, make_request(1, 4), now_s=0.0) is not None
 
 
+def test_tokens_whose_kv_was_given_up_are_to_be_computed_again():
+    """A turn waits whose first five pages are cached, until others take them."""
+    scheduler, device = make_scheduler(num_pages=8, num_rows=2, max_num_queued_tokens=30)
+    first = make_request(20, 2)
+    scheduler.submit("c", 0, first, now_s=0.0)
+    while scheduler.state.requests:
+        sent = scheduler.next_prefill(now_s=0.0) or scheduler.next_decode()
+        assert sent is not None
+        scheduler.step_done(device.run(sent.step), now_s=0.0)
+    scheduler.submit("c", 1, make_request(20, 4, seed=1), now_s=0.0)
+    scheduler.submit("c", 2, make_request((*first.prompt_token_ids, 1, 2), 2), now_s=0.0)
+    [_, turn] = scheduler.state.waiting
+    assert scheduler.state.num_found(turn) == 20
+    for _ in range(2):
+        sent = scheduler.next_prefill(now_s=0.0)
+        assert sent is not None
+        scheduler.step_done(device.run(sent.step), now_s=0.0)
+    assert scheduler.state.num_found(turn) < 20
+    refusal = scheduler.submit("c", 3, make_request(25, 2, seed=2), now_s=0.0)
+    assert refusal is not None
+
+
 def test_tokens_whose_kv_is_cached_are_not_to_be_computed():
     """A prompt of five pages stays cached; its next turn computes one page, not six."""
     scheduler, device = make_scheduler(max_num_queued_tokens=10)

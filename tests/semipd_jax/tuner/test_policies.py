@@ -282,6 +282,16 @@ def test_algorithm_1_decides_in_a_quiet_hour_too():
     assert after(policy, (), now_s=60.0) == Shares(1.0, 0.4)
 
 
+def test_no_window_spans_a_pause():
+    slo, finished = targets(ttft_ms=300.0, tpot_ms=150.0), window(ttft_s=0.5, tpot_s=0.1, num=60)
+    policy = SemiPd(LADDERS, slo, start=Shares(0.6, 0.6))
+    assert after(policy, finished[:49]) == Shares(0.6, 0.6)
+    later = [replace(r, arrival_s=3600.0 + r.arrival_s) for r in finished]
+    assert after(policy, later[:40], now_s=3640.0) == Shares(0.6, 0.6)
+    assert after(policy, later[40:], now_s=3660.0) == Shares(0.6, 0.6)
+    assert after(policy, (), now_s=3700.0) == Shares(1.0, 0.4)
+
+
 def test_requests_that_saw_the_old_shares_do_not_count():
     policy = algorithm_1(Shares(0.6, 0.6), ttft_ms=400.0)
     assert after(policy, window(ttft_s=0.5, tpot_s=0.1), now_s=10.0) == Shares(0.8, 0.6)
