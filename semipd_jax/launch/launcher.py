@@ -386,7 +386,7 @@ class Launcher:
         with contextlib.suppress(OSError):
             shutil.rmtree(Path(self.run_dir))
         failed_while_serving = self._started.is_set() and self.error is not None
-        self._started.set()
         self.finished.set()
+        self._started.set()  # whoever waits for it finds everything ended
         if failed_while_serving and self.error is not None:
             self._on_failure(self.error)
