@@ -168,7 +168,11 @@ async def _run(client: AsyncClient, run_dir: str, streams: int, output_len: int)
         coordinator_step_ms=1e3
         * (_busy_s(stats_after) - _busy_s(stats))
         / (_num_steps(stats_after) - _num_steps(stats)),
-        cpu_us_per_token={name: 1e6 * (cpu_after[name] - cpu[name]) / num_tokens for name in cpu},
+        cpu_us_per_token={
+            name: 1e6 * (cpu_after[name] - cpu[name]) / num_tokens
+            for name in cpu
+            if name in cpu_after
+        },
     )
 
 
