@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import textwrap
 from dataclasses import replace
 from importlib import import_module
@@ -128,18 +129,35 @@ def test_a_part_that_dies_is_named(part):
     assert outcome == Outcome(False, ("ended with status 3; see its output above",))
 
 
+def is_gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(part, monkeypatch, tmp_path):
     text = f"""
-        import subprocess, sys, time
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        open("{tmp_path}/pid", "w").write(str(child.pid))
-        time.sleep(60)
+        import os, subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        with open("{tmp_path}/pid.new", "w") as file:
+            file.write(str(child.pid))
+        os.rename("{tmp_path}/pid.new", "{tmp_path}/pid")
+        time.sleep(3600)
     """
-    monkeypatch.setattr(gpu_check, "_TIMEOUT_S", 5.0)
+    wait = subprocess.Popen.wait
+
+    def wait_for_the_pid_only(process, timeout=None):
+        if timeout is not None:
+            wait_until((tmp_path / "pid").exists)
+            timeout = 0.2
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_the_pid_only)
     outcome = gpu_check.run_part(part(text), CPU)
-    assert outcome == Outcome(False, ("did not end within 5 s",))
+    assert outcome == Outcome(False, ("did not end within 600 s",))
     pid = int((tmp_path / "pid").read_text())
-    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    wait_until(lambda: is_gone(pid))
 
 
 def test_result_is_a_table_and_a_file(part, capsys, monkeypatch, tmp_path):
