@@ -14,11 +14,12 @@ from typing import Any, Final, Self
 import numpy as np
 
 from semipd_jax.client.bounds import Bounds
+from semipd_jax.client.line import CALLER
 from semipd_jax.client.observations import ERROR, Observations, RequestTimes
 from semipd_jax.client.prompt import Prompt, PromptEncoder
 from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
 from semipd_jax.client.stream import Stream
-from semipd_jax.client.turns import CALLER, Turns
+from semipd_jax.client.turns import Turns
 from semipd_jax.config import POLICIES, ModelConfig, SharePolicy
 from semipd_jax.errors import (
     DuplicateRequestError,

@@ -3,11 +3,11 @@
 import asyncio
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 
+from semipd_jax.client.fair_threads import FairThreads
 from semipd_jax.errors import InvalidRequestError, UnavailableError
 from semipd_jax.text.tokenizer import ChatMessage, Tokenizer
 
@@ -24,14 +24,14 @@ _TIMEOUT_S: Final = 60.0
 
 class PromptEncoder:
     """Short texts are encoded at once, long ones and chats in threads. Chats have their own, so
-    that a slow template keeps no text waiting."""
+    that a slow template keeps no text waiting. Callers share the threads evenly."""
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._max_size = MAX_BYTES_PER_TOKEN * max_model_len
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
-        self._chat_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="chat")
+        self._threads = FairThreads(2, "tokenizer")
+        self._chat_threads = FairThreads(2, "chat")
 
     async def encode(self, prompt: object, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a `Prompt`; those of a conversation always have their special tokens.
@@ -79,7 +79,7 @@ class PromptEncoder:
 
     def close(self) -> None:
         for threads in (self._threads, self._chat_threads):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
     def _check_text(self, text: str, field: str = "prompt") -> None:
         limit = self._max_size
@@ -115,10 +115,9 @@ class PromptEncoder:
         return checked
 
 
-async def _in_thread[T](threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    job = asyncio.get_running_loop().run_in_executor(threads, work)
+async def _in_thread[T](threads: FairThreads, work: Callable[[], T]) -> T:
     try:
-        return await asyncio.wait_for(job, _TIMEOUT_S)
+        return await asyncio.wait_for(threads.run(work), _TIMEOUT_S)
     except TimeoutError as error:
         raise UnavailableError(f"tokenising took longer than {_TIMEOUT_S:.0f} s") from error
 

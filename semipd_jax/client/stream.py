@@ -23,7 +23,7 @@ class Stream:
 
     Attributes:
       handle: the request's number on the link.
-      caller: see `turns.CALLER`.
+      caller: see `line.CALLER`.
       times: for whoever observes the request.
     """
 

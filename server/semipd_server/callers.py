@@ -3,7 +3,7 @@
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from urllib.parse import unquote
 
-from semipd_jax.client.turns import CALLER
+from semipd_jax.client.line import CALLER
 
 
 def set_grpc_caller(holder: str, peer: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from openai_rig import openai_client
 from server_rig import Rig, Start
 
-from semipd_jax.client.turns import CALLER
+from semipd_jax.client.line import CALLER
 from semipd_server.callers import set_grpc_caller, set_http_caller
 from semipd_server.client import AsyncClient
 from semipd_server.settings import Settings

@@ -6,9 +6,10 @@ import pytest
 from fake_coordinator import TIMINGS, FakeCoordinator, arithmetic, layout
 
 from semipd_jax.client import EngineClient
+from semipd_jax.client.line import CALLER
 from semipd_jax.client.observations import ERROR, RequestTimes
 from semipd_jax.client.stream import MAX_DELTA_TOKENS, Stream
-from semipd_jax.client.turns import CALLER, MAX_TURNS, Turns
+from semipd_jax.client.turns import MAX_TURNS, Turns
 from semipd_jax.config import ModelConfig
 from semipd_jax.errors import (
     DuplicateRequestError,
