@@ -13,7 +13,7 @@ from semipd_jax import serve
 from semipd_jax.config import EngineConfig
 from semipd_jax.demo import MODEL_DIR
 from semipd_server.auth import Keys
-from semipd_server.openai.door import _OPEN_PATHS
+from semipd_server.openai.door import OPEN_PATHS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "server" / "deploy"
@@ -53,7 +53,9 @@ def test_the_pod_agrees_with_the_server(tmp_path: Path, monkeypatch: pytest.Monk
     assert ports == {"grpc": settings.port, "http": settings.http_port}
     for name in ("startupProbe", "readinessProbe"):
         assert CONTAINER[name]["httpGet"] == {"path": "/health", "port": "http"}
-    assert "/health" in _OPEN_PATHS, "probes have no key"
+    live = CONTAINER["livenessProbe"]
+    assert live["httpGet"] == {"path": "/dashboard", "port": "http"}, "200 while a part is replaced"
+    assert {"/health", "/dashboard"} <= OPEN_PATHS, "probes have no key"
     probe = CONTAINER["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] >= config.timeouts.startup_s
     pre_stop_s = float(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -73,7 +75,7 @@ def test_the_monitor_may_read_the_metrics_of_the_pod():
     [endpoint] = monitor["podMetricsEndpoints"]
     assert endpoint["port"] in {port["name"] for port in CONTAINER["ports"]}
     assert endpoint["path"] == "/metrics"
-    assert endpoint["path"] not in _OPEN_PATHS
+    assert endpoint["path"] not in OPEN_PATHS
     [key] = CONTAINER["env"]
     authorization = endpoint["authorization"]
     assert authorization["credentials"] == key["valueFrom"]["secretKeyRef"]
@@ -98,6 +100,13 @@ def test_the_unit_waits_for_the_drain(tmp_path: Path, monkeypatch: pytest.Monkey
     stop_s = float(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0])
     assert stop_s > shutdown_s(config) + 12, "a drain would be cut short"
     assert "KillMode=mixed" in unit, "the launcher decides when its children stop"
+
+
+def test_the_unit_does_not_repeat_what_cannot_go_well(capsys: pytest.CaptureFixture[str]):
+    unit = (DEPLOY / "semipd.service").read_text()
+    [status] = re.findall(r"^RestartPreventExitStatus=(\d+)$", unit, re.MULTILINE)
+    assert serve.main(["--port=-1"]) == int(status)
+    assert "port is -1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")

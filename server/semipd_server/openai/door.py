@@ -12,7 +12,8 @@ from semipd_server.openai.errors import ApiError
 from semipd_server.openai.reply import Reply
 from semipd_server.trace_context import set_trace_context
 
-_OPEN_PATHS: Final = frozenset({"/health", "/dashboard"})  # the latter is a page without data
+OPEN_PATHS: Final = frozenset({"/health", "/dashboard"})
+"""The latter is a page without data, whatever the engine does: it shows that the server lives."""
 _REQUEST_ID: Final = "x-request-id"
 
 
@@ -37,7 +38,7 @@ class Door:
             await send(message)
 
         with self._gate.inside():
-            if scope["path"] in _OPEN_PATHS or holder is not None:
+            if scope["path"] in OPEN_PATHS or holder is not None:
                 await self._app(scope, receive, send_on)
             else:
                 await Reply(send_on).error(ApiError(401, REFUSAL, code="invalid_api_key"))

@@ -18,7 +18,8 @@ from semipd_server import patience
 from semipd_server.auth import Keys
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
-from semipd_server.openai.app import HEALTH, build_app
+from semipd_server.openai.app import build_app
+from semipd_server.openai.door import OPEN_PATHS
 from semipd_server.openai.errors import ApiError, bad_request
 from semipd_server.openai.places import Places
 from semipd_server.openai.reply import Reply
@@ -147,7 +148,7 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self.host = self.client[0] if self.client else ""
         if not self._served.take(self):
-            self.app = _health_only(self.app)
+            self.app = _open_paths_only(self.app)
             if not self._refused.take(self):
                 transport.abort()
                 return
@@ -189,7 +190,7 @@ class _Connection(H11Protocol):
         self.transport.close()
 
 
-def _health_only(app: ASGIApp) -> ASGIApp:
+def _open_paths_only(app: ASGIApp) -> ASGIApp:
     """What a connection gets that found no place: whoever watches the server must not take one that
     is busy for one that is down. It may try again on another connection."""
 
@@ -199,7 +200,7 @@ def _health_only(app: ASGIApp) -> ASGIApp:
                 MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        if scope["path"] == HEALTH:
+        if scope["path"] in OPEN_PATHS:
             await app(scope, receive, send_last)
         else:
             await Reply(send_last).error(ApiError(503, "too many connections; try again"))

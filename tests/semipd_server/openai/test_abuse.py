@@ -261,6 +261,7 @@ def test_more_connections_than_allowed_are_told_so_and_how_the_server_is(start: 
                     health = asyncio.ensure_future(late.get("/health"))
                     await rig.fake.until(health.done, stepping=False)
                     assert health.result().status_code == 200
+                    assert (await late.get("/dashboard")).status_code == 200
             await until_connected(rig, 3)
             late = [stack.enter_context(connect(rig)) for _ in range(4)]
             with contextlib.suppress(ConnectionResetError):

@@ -145,6 +145,7 @@ def test_health_before_there_is_an_engine(start: Start):
             reply = await request(rig, "GET", "/health")
             assert reply.status_code == 503
             assert "memory owner: load 3/10" in reply.json()["reason"]
+            assert (await request(rig, "GET", "/dashboard")).status_code == 200
             reply = await request(rig, "GET", "/v1/models")
             assert reply.status_code == 503
             assert "starting" in reply.json()["error"]["message"]
