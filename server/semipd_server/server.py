@@ -1,6 +1,5 @@
 """The gRPC server: inference, health and reflection on one port."""
 
-from pathlib import Path
 from typing import Final
 
 import grpc
@@ -10,6 +9,7 @@ from semipd_jax.errors import StartupError
 from semipd_server import control, health, patience, reflection
 from semipd_server.auth import AuthInterceptor, Keys
 from semipd_server.calls import CallInterceptor
+from semipd_server.certificates import server_credentials
 from semipd_server.control import ControlServicer
 from semipd_server.gate import Gate
 from semipd_server.health import HealthServicer
@@ -114,12 +114,6 @@ class Server:
 
     def _bind(self, address: str) -> int:
         settings = self._settings
-        if settings.ssl_keyfile is None or settings.ssl_certfile is None:
+        if not settings.uses_tls:
             return self._server.add_insecure_port(address)
-        authorities = settings.ssl_ca_certs
-        credentials = grpc.ssl_server_credentials(
-            [(Path(settings.ssl_keyfile).read_bytes(), Path(settings.ssl_certfile).read_bytes())],
-            root_certificates=Path(authorities).read_bytes() if authorities else None,
-            require_client_auth=authorities is not None,
-        )
-        return self._server.add_secure_port(address, credentials)
+        return self._server.add_secure_port(address, server_credentials(settings))

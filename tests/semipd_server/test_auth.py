@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from msgspec import structs
 from openai_rig import openai_client, request, while_serving
 from server_rig import Rig, Start
 from starlette.routing import Route
@@ -255,6 +256,63 @@ def test_mutual_tls(start: Start, authority: Authority, tmp_path: Path):
             assert await over_both(rig, authority.ca, authority.issue("client")) == (True, True)
             assert await over_both(rig, authority.ca, None) == (False, False)
             assert await over_both(rig, authority.ca, other.issue("client")) == (False, False)
+
+    asyncio.run(main())
+
+
+def test_renewed_certificates_meet_whoever_connects_next(start: Start, tmp_path: Path):
+    async def main():
+        old, new = (Authority(tmp_path, name) for name in ("old", "new"))
+        async with start(settings=tls(old, clients=False)) as rig:
+            assert await over_both(rig, old.ca, None) == (True, True)
+            context = ssl.create_default_context(cafile=old.ca)
+            async with httpx2.AsyncClient(verify=context, base_url=rig.url) as client:
+                await client.get("/version")
+                new.issue("server")
+                assert (await client.get("/version")).status_code == 200  # its connection stays
+            assert await over_both(rig, new.ca, None) == (True, True)
+            assert await over_both(rig, old.ca, None) == (False, False)
+
+    asyncio.run(main())
+
+
+def test_renewed_authorities_decide_who_gets_in(start: Start, tmp_path: Path):
+    async def main():
+        old, new = (Authority(tmp_path, name) for name in ("old", "new"))
+        served = tls(old, clients=True)
+        authorities = tmp_path / "authorities.pem"
+        authorities.write_bytes(Path(old.ca).read_bytes())
+        async with start(settings=structs.replace(served, ssl_ca_certs=str(authorities))) as rig:
+            mine, others = old.issue("mine"), new.issue("others")
+            assert await over_both(rig, old.ca, mine) == (True, True)
+            assert await over_both(rig, old.ca, others) == (False, False)
+            authorities.write_bytes(Path(new.ca).read_bytes())
+            assert await over_both(rig, old.ca, others) == (True, True)
+            assert await over_both(rig, old.ca, mine) == (False, False)
+
+    asyncio.run(main())
+
+
+def test_files_that_are_of_no_use_change_nothing(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def main():
+        old, new = (Authority(tmp_path, name) for name in ("old", "new"))
+        settings = tls(old, clients=False)
+        key, certificate = Path(settings.ssl_keyfile or ""), Path(settings.ssl_certfile or "")
+        async with start(settings=settings) as rig:
+            good = certificate.read_bytes()
+            new.issue("server")
+            certificate.write_bytes(good)  # not of this key
+            assert await over_both(rig, old.ca, None) == (True, True)
+            key.write_text("nonsense")
+            assert await over_both(rig, old.ca, None) == (True, True)
+            certificate.unlink()
+            assert await over_both(rig, old.ca, None) == (True, True)
+            told = [r for r in caplog.records if str(certificate) in r.message]
+            assert len(told) == 6, "once of each change, and of each protocol"
+            new.issue("server")
+            assert await over_both(rig, new.ca, None) == (True, True)
 
     asyncio.run(main())
 

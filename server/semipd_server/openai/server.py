@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from semipd_jax.errors import StartupError
 from semipd_server import patience
 from semipd_server.auth import Keys
+from semipd_server.certificates import ssl_context
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
 from semipd_server.openai.app import build_app
@@ -61,7 +62,7 @@ class HttpServer:
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_FLUSH_S,
-            ssl_context_factory=(lambda *_: settings.ssl_context()) if settings.uses_tls else None,
+            ssl_context_factory=(lambda *_: ssl_context(settings)) if settings.uses_tls else None,
         )
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
