@@ -53,16 +53,16 @@ def test_a_stream_that_is_left_ends_its_request(small):
 
 
 def test_after_stop_everything_says_so(compile_cache):
-    engine = Engine(
+    with Engine(
         str(MODEL_DIR), max_num_seqs=4, max_num_batched_tokens=64, compile_cache_dir=compile_cache
-    )
-    stream = engine.stream(PROMPT, max_tokens=1500, ignore_eos=True)
-    next(stream)
-    engine.stop()
-    engine.stop()
-    with pytest.raises(UnavailableError, match="stopped"):
-        engine.generate(PROMPT)
-    stream.close()
+    ) as engine:
+        stream = engine.stream(PROMPT, max_tokens=1500, ignore_eos=True)
+        next(stream)
+        engine.stop()
+        engine.stop()
+        with pytest.raises(UnavailableError, match="stopped"):
+            engine.generate(PROMPT)
+        stream.close()
 
 
 SLOW_TYPES = """
@@ -108,13 +108,16 @@ while sys.argv[3] == "ctrl-c":
         stderr=subprocess.PIPE,
         text=True,
     ) as program:
-        assert program.stdout is not None
-        run_dir = program.stdout.readline().strip()
-        assert run_dir
-        family = psutil.Process(program.pid).children(recursive=True) if how == "ctrl-c" else []
-        if how == "ctrl-c":
-            program.send_signal(signal.SIGINT)
-        _, errors = program.communicate(timeout=120)
+        try:
+            assert program.stdout is not None
+            run_dir = program.stdout.readline().strip()
+            assert run_dir
+            family = psutil.Process(program.pid).children(recursive=True) if how == "ctrl-c" else []
+            if how == "ctrl-c":
+                program.send_signal(signal.SIGINT)
+            _, errors = program.communicate(timeout=120)
+        finally:
+            program.kill()
         assert program.returncode == (0 if how == "forgotten" else -signal.SIGINT), errors
     assert "Task was destroyed" not in errors
     assert not psutil.wait_procs(family, timeout=60)[1]
