@@ -304,7 +304,8 @@ class EngineConfig:
         steps while there are any, then decode steps; "chunked" puts prompt tokens into decode
         steps, up to `max_num_batched_tokens` tokens in all (Sarathi-Serve, arXiv 2403.02310).
       device: where workers run; "auto" is a GPU if there is one that can be used.
-      compile_cache_dir: directory of compiled programs; None means the user's cache directory.
+      compile_cache_dir: directory of compiled programs; None means $XDG_CACHE_HOME/semipd_jax or
+        ~/.cache/semipd_jax.
       log_level: what child processes write to standard error.
       log_format: lines for a person, or JSON objects.
     """

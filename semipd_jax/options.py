@@ -122,7 +122,7 @@ OPTIONS: Final = (
         "compile_cache_dir",
         "",
         "compile_cache_dir",
-        "directory of compiled programs [the user's cache directory]",
+        "directory of compiled programs [$XDG_CACHE_HOME/semipd_jax or ~/.cache/semipd_jax]",
     ),
     Option("log_level", "", "log_level", "how much is logged"),
     Option("log_format", "", "log_format", "lines for a person, or one JSON object each"),

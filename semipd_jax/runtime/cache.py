@@ -43,7 +43,7 @@ class CacheUse:
 
 
 def enable_cache(directory: str | None, platform: Platform) -> Path:
-    """Keeps every compiled program under `directory`, or ~/.cache/semipd_jax; returns where.
+    """Keeps every compiled program under `cache_root(directory)`; returns where.
 
     The backend must be running. Raises ConfigError if a directory is not private. A damaged entry
     is compiled anew; processes that compile the same program write the same entry.

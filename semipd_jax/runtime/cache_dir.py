@@ -8,14 +8,33 @@ from semipd_jax.errors import ConfigError
 
 
 def cache_root(directory: str | None) -> Path:
-    """`directory` or ~/.cache/semipd_jax; made if it is not there.
+    """`location(directory)`; made if it is not there.
 
     Raises:
       ConfigError: it cannot be made, or is not private.
     """
-    root = Path(directory) if directory else Path.home() / ".cache" / "semipd_jax"
+    root = location(directory)
     make_private(root)
     return root
+
+
+def location(directory: str | None) -> Path:
+    """`directory` or, in the user's cache directory, semipd_jax.
+
+    Raises:
+      ConfigError: neither $XDG_CACHE_HOME nor a home tells where that is.
+    """
+    if directory:
+        return Path(directory)
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():  # such a value has no meaning
+        try:
+            caches = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise ConfigError(
+                "compile_cache_dir is None; allowed: a directory, for a user without home"
+            ) from error
+    return caches / "semipd_jax"
 
 
 def make_private(path: Path) -> None:

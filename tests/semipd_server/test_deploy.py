@@ -12,6 +12,7 @@ import yaml
 from semipd_jax import serve
 from semipd_jax.config import EngineConfig
 from semipd_jax.demo import MODEL_DIR
+from semipd_jax.runtime.cache_dir import location
 from semipd_server.auth import Keys
 from semipd_server.openai.door import OPEN_PATHS
 
@@ -68,6 +69,16 @@ def test_the_pod_agrees_with_the_server(tmp_path: Path, monkeypatch: pytest.Monk
     assert service == ports
 
 
+def test_compiled_programs_of_the_pod_are_on_a_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = OBJECTS["ConfigMap"]["data"]["serve.yaml"]
+    config, _ = configured(text, tmp_path, monkeypatch)
+    volumes = [m["mountPath"] for m in CONTAINER["volumeMounts"] if not m.get("readOnly")]
+    where = location(config.compile_cache_dir)
+    assert any(where.is_relative_to(volume) for volume in volumes)
+
+
 def test_the_monitor_may_read_the_metrics_of_the_pod():
     monitor = yaml.safe_load((DEPLOY / "podmonitor.yaml").read_text())["spec"]
     labels = OBJECTS["Deployment"]["spec"]["template"]["metadata"]["labels"]
@@ -92,6 +103,19 @@ def test_the_unit_s_control_socket_is_where_its_text_says():
     assert Path(path).parent == Path("/run") / directory
     readme = (ROOT / "README.md").read_text()
     assert f"unix:{path}" in readme
+
+
+def test_the_unit_s_compiled_programs_are_in_its_cache_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It has no home, and may write nowhere else."""
+    unit = (DEPLOY / "semipd.service").read_text()
+    config, _ = configured((DEPLOY / "serve.yaml").read_text(), tmp_path, monkeypatch)
+    [directory] = re.findall(r"^CacheDirectory=(\w+)$", unit, re.MULTILINE)
+    for variables in re.findall(r"^Environment=(.+)$", unit, re.MULTILINE):
+        for variable in variables.split():
+            monkeypatch.setenv(*variable.split("="))
+    assert location(config.compile_cache_dir).is_relative_to(Path("/var/cache") / directory)
 
 
 def test_the_unit_waits_for_the_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ import pytest
 from semipd_jax.errors import ConfigError
 from semipd_jax.runtime import cache
 from semipd_jax.runtime.cache import CacheUse, directory_name, enable_cache, fingerprint
+from semipd_jax.runtime.cache_dir import cache_root, location
 from semipd_jax.runtime.compile import CompileCounter
 
 COMPILE_ONE = textwrap.dedent(
@@ -59,6 +60,32 @@ def test_programs_are_kept_between_processes_and_damage_is_survived(tmp_path):
         entry.write_bytes(content[: len(content) // 2] if i % 2 else b"\0" * len(content))
     value, hits, _ = result(start(directory))
     assert (value, hits) == ("41.0", "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "caches", "where"),
+    [
+        ("/mine", "/caches", "/mine"),
+        (None, "/caches", "/caches/semipd_jax"),
+        (None, "", "/home/ada/.cache/semipd_jax"),
+        (None, "not/absolute", "/home/ada/.cache/semipd_jax"),
+    ],
+)
+def test_programs_are_in_the_users_cache_directory(given, caches, where, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", caches)
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert location(given) == Path(where)
+
+
+def test_a_user_without_home_has_to_name_a_directory(monkeypatch):
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    with pytest.raises(ConfigError, match="compile_cache_dir"):
+        cache_root(None)
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
