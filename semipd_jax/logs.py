@@ -1,10 +1,11 @@
 """Log lines, the same in every process: for a person, or one JSON object each."""
 
-import json
 import logging
 import sys
 from datetime import UTC, datetime
 from typing import Literal
+
+import msgspec
 
 type LogFormat = Literal["text", "json"]
 
@@ -31,7 +32,7 @@ def configure(process: str, level: str, form: LogFormat = "text") -> None:
 
 class JsonFormatter(logging.Formatter):
     """One line: time (UTC, ISO 8601), level, process, logger, message, the record's `fields` if it
-    has any and, after a failure, exception."""
+    has any and, after a failure, exception. Numbers that JSON does not have are null."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -43,10 +44,15 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "process": self._process,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _unicode(record.getMessage()),
         }
         if fields := getattr(record, "fields", None):
             line["fields"] = fields
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+            line["exception"] = _unicode(self.formatException(record.exc_info))
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def _unicode(text: str) -> str:
+    """With escapes for the bytes of file names that are no text."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,7 +1,10 @@
 import json
 import logging
+import math
+import os
 import warnings
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,20 @@ def test_fields_of_a_record_are_fields_of_the_line(capsys: pytest.CaptureFixture
     logs.configure("coordinator", "info", "json")
     logging.getLogger("semipd_jax.x").info("moved", extra={"fields": {"to": 0.5}})
     assert json.loads(capsys.readouterr().err)["fields"] == {"to": 0.5}
+
+
+def test_every_line_is_json_whatever_its_fields(capsys: pytest.CaptureFixture[str]):
+    logs.configure("coordinator", "info", "json")
+    fields = {"left_s": math.inf, "error": math.nan, "path": Path("x")}
+    logging.getLogger("semipd_jax.x").info("moved", extra={"fields": fields})
+    line = json.loads(capsys.readouterr().err, parse_constant=pytest.fail)
+    assert line["fields"] == {"left_s": None, "error": None, "path": "x"}
+
+
+def test_names_of_files_that_are_no_text_are_logged(capsys: pytest.CaptureFixture[str]):
+    logs.configure("coordinator", "info", "json")
+    logging.getLogger("semipd_jax.x").info("no file %s", os.fsdecode(b"a\xff"))
+    assert json.loads(capsys.readouterr().err)["message"] == r"no file a\udcff"
 
 
 def test_lines_for_a_person(capsys: pytest.CaptureFixture[str]):
