@@ -41,7 +41,8 @@ class Client:
       api_key: one that the server accepts.
       credentials: for TLS; see `grpc.ssl_channel_credentials`.
       retries: of a call that the server could not take (UNAVAILABLE: nothing was generated), 0 to
-        4. A call that was answered in part is never repeated.
+        4. A call that was answered in part is never repeated, nor an abort: what may have happened
+        once would not be found again.
 
     Every method raises the `semipd_jax.errors` that the server meant, TimeoutError after
     `timeout_s`, and grpc.RpcError for anything else.
@@ -218,9 +219,10 @@ def _options(retries: int) -> tuple[tuple[str, Any], ...]:
     """Of a channel. gRPC itself repeats a call, and only until the server's first word."""
     if not 0 <= retries <= _MAX_RETRIES:
         raise ValueError(f"retries is {retries}; allowed: 0 to {_MAX_RETRIES}")
-    method: dict[str, Any] = {"name": [{"service": _SERVICE}]}
+    all_methods: dict[str, Any] = {"name": [{"service": _SERVICE}]}
+    abort = {"name": [{"service": _SERVICE, "method": "Abort"}]}
     if retries:
-        method["retryPolicy"] = {
+        all_methods["retryPolicy"] = {
             "maxAttempts": retries + 1,
             "initialBackoff": "0.2s",
             "maxBackoff": "2s",
@@ -232,7 +234,7 @@ def _options(retries: int) -> tuple[tuple[str, Any], ...]:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.ping_timeout_ms", 20_000),
-        ("grpc.service_config", json.dumps({"methodConfig": [method]})),
+        ("grpc.service_config", json.dumps({"methodConfig": [all_methods, abort]})),
     )
 
 
@@ -273,7 +275,7 @@ def main(
             for event in client.generate(prompt, **args):
                 if isinstance(event, Delta):
                     print(event.text, end="", flush=True)
-    except EngineError as error:
+    except (EngineError, TimeoutError, grpc.RpcError) as error:
         sys.exit(f"error: {error}")
     print()
 

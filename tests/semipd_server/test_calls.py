@@ -16,6 +16,7 @@ from semipd_jax.errors import RequestFailedError, UnavailableError
 from semipd_server.client import AsyncClient
 from semipd_server.gate import Engine
 from semipd_server.pb import inference_pb2 as pb
+from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.settings import Settings
 
 GENERATE = "/semipd.v1.InferenceService/Generate"
@@ -112,6 +113,30 @@ def test_without_retries_a_call_fails_at_once(start: Start):
             with pytest.raises(UnavailableError):
                 await client.complete("Hi", max_tokens=2)
             await until_ended(rig, {(GENERATE, "UNAVAILABLE"): 1})
+
+    asyncio.run(main())
+
+
+def test_an_abort_is_not_repeated():
+    """Its answer may be lost, and then there would be nothing more to abort."""
+    codes = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND]
+
+    class Servicer(pb_grpc.InferenceServiceServicer):
+        async def Abort(self, request, context) -> None:  # noqa: N802
+            await context.abort(codes.pop(0), "")
+
+    async def main():
+        server = grpc.aio.server()
+        pb_grpc.add_InferenceServiceServicer_to_server(Servicer(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with AsyncClient(f"127.0.0.1:{port}") as client:
+                with pytest.raises(UnavailableError):
+                    await client.abort("mine")
+        finally:
+            await server.stop(None)
+        assert len(codes) == 1
 
     asyncio.run(main())
 

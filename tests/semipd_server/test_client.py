@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from typing import Any
 
 import grpc
 import pytest
@@ -182,6 +183,24 @@ def test_the_command_prints_a_completion(
 def test_the_command_says_what_went_wrong():
     with pytest.raises(SystemExit, match=r"error: .*127\.0\.0\.1:1"):
         client_module.main(["--target", "127.0.0.1:1", "Hi"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"api_keys": ("k",)}, "UNAUTHENTICATED"), ({"request_timeout": 0.1}, "longer than 0.1 s")],
+)
+def test_the_command_says_what_the_server_refuses(start: Start, fields: dict[str, Any], said: str):
+    def command(address: str) -> None:
+        with pytest.raises(SystemExit, match=rf"(?s)error: .*{said}"):
+            client_module.main(["--target", address, "Hi"])
+
+    async def main():
+        async with start(settings=Settings(port=0, http_port=0, **fields)) as rig:
+            ended = asyncio.ensure_future(asyncio.to_thread(command, rig.address))
+            await rig.fake.until(ended.done, stepping=False)
+            ended.result()
+
+    asyncio.run(main())
 
 
 def test_priority_and_salt_reach_the_coordinator(start: Start):
