@@ -26,18 +26,18 @@ def says(tokenizer: Tokenizer, answer: str):
     return lambda _, position: token_ids[position]
 
 
-async def while_serving[T](rig: Rig, work: Awaitable[T]) -> T:
+async def while_serving[T](rig: Rig, work: Awaitable[T], *, stepping: bool = True) -> T:
     done = asyncio.ensure_future(work)
-    await rig.fake.until(done.done)
+    await rig.fake.until(done.done, stepping=stepping)
     return done.result()
 
 
-def in_thread[T](rig: Rig, work: Callable[[Client], T]) -> Awaitable[T]:
+def in_thread[T](rig: Rig, work: Callable[[Client], T], *, stepping: bool = True) -> Awaitable[T]:
     def call() -> T:
         with Client(rig.address) as client:
             return work(client)
 
-    return while_serving(rig, asyncio.to_thread(call))
+    return while_serving(rig, asyncio.to_thread(call), stepping=stepping)
 
 
 def test_events_and_text_are_the_same_blocking_and_not(start: Start, tokenizer: Tokenizer):
@@ -92,7 +92,7 @@ def test_leaving_a_stream_aborts_it(start: Start):
     async def main():
         async with start() as rig:
             async with aclosing(rig.client.generate("Hi")) as events:
-                await while_serving(rig, anext(events))
+                await while_serving(rig, anext(events), stepping=False)
             await rig.fake.until(lambda: len(rig.fake.aborted) == 1, stepping=False)
 
             def leave(client: Client) -> None:
@@ -100,7 +100,7 @@ def test_leaving_a_stream_aborts_it(start: Start):
                 next(events)
                 events.close()
 
-            await in_thread(rig, leave)
+            await in_thread(rig, leave, stepping=False)
             await rig.fake.until(lambda: len(rig.fake.aborted) == 2, stepping=False)
 
     asyncio.run(main())
@@ -110,8 +110,9 @@ def test_abort_by_id(start: Start):
     async def main():
         async with start() as rig:
             async with aclosing(rig.client.generate("Hi", request_id="stop me")) as events:
-                await while_serving(rig, anext(events))
+                await while_serving(rig, anext(events), stepping=False)
                 await rig.client.abort("stop me")
+                await rig.fake.until(lambda: bool(rig.fake.aborted), stepping=False)
                 rest = await while_serving(rig, _collect(events))
             assert rest[-1].reason is FinishReason.ABORT
             with pytest.raises(RequestNotFoundError, match="stop me"):
@@ -148,7 +149,7 @@ def test_a_running_id_and_a_deadline(start: Start):
     async def main():
         async with start() as rig:
             async with aclosing(rig.client.generate("Hi", request_id="same")) as events:
-                await while_serving(rig, anext(events))
+                await while_serving(rig, anext(events), stepping=False)
                 with pytest.raises(DuplicateRequestError):
                     await rig.client.complete("Hi", request_id="same")
             with pytest.raises(TimeoutError):

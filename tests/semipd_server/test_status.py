@@ -114,8 +114,9 @@ def test_a_running_id_is_already_exists(start: Start):
         async with start() as rig:
             call = rig.stub.Generate(request(request_id="same"))
             await running(rig, call)
-            error = await error_of(rig, rig.stub.Generate(request(request_id="same")))
-            assert error.code() is grpc.StatusCode.ALREADY_EXISTS
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await rig.stub.Generate(request(request_id="same")).read()
+            assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS
             call.cancel()
 
     asyncio.run(main())
@@ -203,9 +204,10 @@ def test_calls_beyond_the_limit_are_refused(start: Start):
             calls = [rig.stub.Generate(request(request_id=str(i))) for i in range(2)]
             for call in calls:
                 await running(rig, call)
-            error = await error_of(rig, rig.stub.Generate(request()))
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert_has_delay(error)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await rig.stub.Generate(request()).read()
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert_has_delay(raised.value)
             health: Any = health_pb2_grpc.HealthStub(rig.channel)
             status = (await health.Check(health_pb2.HealthCheckRequest())).status
             assert status == health_pb2.HealthCheckResponse.SERVING, "a busy server is well"

@@ -42,21 +42,25 @@ def stub(rig: Rig) -> Any:
     return pb_grpc.VllmEngineStub(rig.channel)
 
 
-async def answers(rig: Rig, message: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+async def answers(
+    rig: Rig, message: pb.GenerateRequest, *, stepping: bool = True
+) -> list[pb.GenerateResponse]:
     reading = asyncio.ensure_future(read_all(stub(rig).Generate(message)))
-    await rig.fake.until(reading.done)
+    await rig.fake.until(reading.done, stepping=stepping)
     return reading.result()  # pyright: ignore[reportReturnType]
 
 
-async def ask(rig: Rig, name: str, message: Any) -> Any:
+async def ask(rig: Rig, name: str, message: Any, *, stepping: bool = True) -> Any:
     call = asyncio.ensure_future(getattr(stub(rig), name)(message))
-    await rig.fake.until(call.done)
+    await rig.fake.until(call.done, stepping=stepping)
     return call.result()
 
 
-async def refusal(rig: Rig, message: pb.GenerateRequest) -> tuple[grpc.StatusCode, str]:
+async def refusal(
+    rig: Rig, message: pb.GenerateRequest, *, stepping: bool = True
+) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await answers(rig, message)
+        await answers(rig, message, stepping=stepping)
     return error.value.code(), error.value.details() or ""
 
 
@@ -149,17 +153,26 @@ def test_constraints_are_forms(start: Start, constraint: dict[str, Any], form: S
     asyncio.run(main())
 
 
+async def begun(rig: Rig, call: Any, num_choices: int) -> None:
+    """Reads the first of a call's tokens, when there is one of each choice and no more."""
+    await rig.fake.until(lambda: len(rig.fake.running) == num_choices, stepping=False)
+    rig.fake.step()
+    first = asyncio.ensure_future(call.read())
+    await rig.fake.until(first.done, stepping=False)
+
+
 @pytest.mark.parametrize("is_draining", [False, True])
 def test_abort_ends_the_stream(start: Start, is_draining: bool):
     async def main():
         async with start() as rig:
             call = stub(rig).Generate(request(max_tokens=60, n=2, request_id="r"))
-            first = asyncio.ensure_future(call.read())
-            await rig.fake.until(first.done)
+            await begun(rig, call, 2)
             if is_draining:
                 rig.front_end.gate.close("the server is shutting down")
-                assert (await refusal(rig, request()))[0] is grpc.StatusCode.UNAVAILABLE
-            await ask(rig, "Abort", pb.AbortRequest(request_ids=["r", "unknown"]))
+                code, _ = await refusal(rig, request(), stepping=False)
+                assert code is grpc.StatusCode.UNAVAILABLE
+            message = pb.AbortRequest(request_ids=["r", "unknown"])
+            await ask(rig, "Abort", message, stepping=False)
             rest = asyncio.ensure_future(read_all(call))
             await rig.fake.until(rest.done, stepping=False)
             ends = [a.complete for a in rest.result() if a.HasField("complete")]
@@ -172,8 +185,7 @@ def test_leaving_aborts(start: Start):
     async def main():
         async with start() as rig:
             call = stub(rig).Generate(request(max_tokens=60))
-            first = asyncio.ensure_future(call.read())
-            await rig.fake.until(first.done)
+            await begun(rig, call, 1)
             call.cancel()
             await rig.fake.until(lambda: not rig.fake.running, stepping=False)
             assert rig.fake.aborted == [FinishReason.ABORT]
