@@ -48,13 +48,14 @@ def test_calls_are_counted_by_how_they_end(start: Start):
         async with start() as rig:
             await end(rig, generate(rig, max_tokens=2))
             await end(rig, generate(rig, temperature=-1.0))
-            late = generate(rig, max_tokens=50, timeout=1.0)
+            late = generate(rig, max_tokens=50, timeout=5.0)
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
-            time.sleep(1.2)  # the server must not hear that its client left before it is late
+            time.sleep(5.2)  # the server must not hear that its client left before it is late
             await end(rig, late, stepping=False)
+            await rig.fake.until(lambda: ended(rig).total() == 3, stepping=False)
             call = generate(rig, max_tokens=50)
             first = asyncio.ensure_future(call.read())
-            await rig.fake.until(first.done)
+            await rig.fake.until(first.done, stepping=False)
             assert rig.front_end.gate.calls.num_running == 1
             call.cancel()
             await rig.fake.until(lambda: ended(rig)[GENERATE, "CANCELLED"] == 1, stepping=False)
