@@ -78,7 +78,7 @@ def test_stop_strings_and_unicode(start: Start, tokenizer: Tokenizer, include: b
             assert text_of(events) == expected
             assert events[-1].finished.reason == pb.FINISH_REASON_STOP
             assert events[-1].finished.stop_string == "語"
-            assert rig.fake.aborted == [FinishReason.STOP]
+            await rig.fake.until(lambda: rig.fake.aborted == [FinishReason.STOP], stepping=False)
             call = rig.stub.Generate(request())
             events = await responses(rig, call)
             assert text_of(events) == "naïve 日本語のテキスト 😀"

@@ -61,7 +61,7 @@ def test_stream(start: Start, tokenizer: Tokenizer, usage: dict | None):
                     assert counts[-1] == len(tokenizer.encode(ANSWER, add_special_tokens=False)) + 1
                 else:
                     assert not any(chunk.usage for chunk in chunks)
-                assert len(rest) > 1
+                assert rest
                 assert "".join(chunk.choices[0].text for chunk in [*rest, last]) == ANSWER
                 assert last.choices[0].finish_reason == "stop"
                 assert all(chunk.choices[0].finish_reason is None for chunk in rest)
@@ -129,7 +129,7 @@ def test_stop_strings(start: Start, tokenizer: Tokenizer):
             assert answer.choices[0].text == "naïve 日本"
             assert answer.choices[0].finish_reason == "stop"
             assert answer.choices[0].stop_reason == "語"
-            assert rig.fake.aborted == [FinishReason.STOP]
+            await rig.fake.until(lambda: rig.fake.aborted == [FinishReason.STOP], stepping=False)
 
     asyncio.run(main())
 
