@@ -27,3 +27,11 @@ def run_dir(tmp_path: Path) -> str:
 @pytest.fixture
 def start(run_dir: str, tokenizer: Tokenizer) -> Start:
     return partial(serving, run_dir, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def patience_with_the_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is polled by the loop that also serves."""
+    for asks in ("gate", "live", "metrics", "vllm.servicer"):
+        monkeypatch.setattr(f"semipd_server.{asks}._STATS_TIMEOUT_S", 60.0)
+    monkeypatch.setattr("semipd_server.top._TIMEOUT_S", 60.0)

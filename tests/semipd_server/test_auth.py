@@ -152,7 +152,7 @@ def test_no_route_but_health_answers_without_a_key(start: Start):
             paths = {route.path for route in routes_of(rig)} | {"/nowhere", "/health/", "//health"}
             assert len(paths) >= 11
             headers = [_authorization(h) for h in BAD if h is None or h == h.strip()]
-            async with httpx2.AsyncClient(base_url=rig.url) as client:
+            async with httpx2.AsyncClient(base_url=rig.url, timeout=60) as client:
                 for path, verb, header in itertools.product(paths, ("GET", "POST"), headers):
                     ask = client.request(verb, path, headers=header, json={})
                     reply = await while_serving(rig, ask)
@@ -228,7 +228,7 @@ async def over_both(rig: Rig, ca: str, pair: tuple[str, str] | None) -> tuple[bo
             found.append((await client.model_info()).name == "tiny")
         except Exception:
             found.append(False)
-    async with httpx2.AsyncClient(verify=context) as client:
+    async with httpx2.AsyncClient(verify=context, timeout=60) as client:
         try:
             found.append((await client.get(f"{rig.url}/v1/models")).status_code == 200)
         except httpx2.TransportError:

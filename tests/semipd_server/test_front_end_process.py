@@ -159,7 +159,7 @@ def test_what_the_launcher_waits_for_is_shown(start: Start, run_dir: str, tokeni
             async with start() as front_end:
                 ready = await front_end.hear()
                 async with (
-                    httpx2.AsyncClient(base_url=ready.http_address) as client,
+                    httpx2.AsyncClient(base_url=ready.http_address, timeout=TIMEOUT_S) as client,
                     grpc.aio.insecure_channel(ready.address) as channel,
                 ):
 

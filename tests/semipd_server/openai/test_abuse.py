@@ -252,7 +252,7 @@ def test_more_connections_than_allowed_are_told_so_and_how_the_server_is(start: 
                 client.send(http_bytes("/v1/completions", LONG))
             await rig.fake.until(lambda: len(rig.fake.running) == 3, stepping=False)
             for _ in range(5):  # each leaves
-                async with httpx2.AsyncClient(base_url=rig.url) as late:
+                async with httpx2.AsyncClient(base_url=rig.url, timeout=60) as late:
                     refused = await late.get("/version")
                     assert refused.status_code == 503
                     assert refused.json()["error"]["type"] == "service_unavailable_error"
