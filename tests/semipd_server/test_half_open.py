@@ -169,14 +169,14 @@ def test_a_grpc_client_that_vanished_loses_its_requests(
 def test_a_grpc_client_that_is_only_silent_keeps_its_request(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(patience, "PROBE_ANSWER_S", 3)  # it does answer, but may be starved
+    monkeypatch.setattr(patience, "PROBE_ANSWER_S", 5)  # it does answer, but may be starved
 
     async def main():
         async with start(admits=False) as rig, through(rig) as (_, stub):
             call = stub.Generate(pb.GenerateRequest(text="Hi"))
             await rig.fake.until(lambda: bool(rig.fake.running), stepping=False)
             patience_s = patience.PROBE_AFTER_S + patience.PROBE_ANSWER_S
-            silence = asyncio.ensure_future(asyncio.sleep(1.5 * patience_s))
+            silence = asyncio.ensure_future(asyncio.sleep(1.25 * patience_s))
             await rig.fake.until(silence.done, stepping=False)
             assert rig.fake.aborted == []
             call.cancel()
@@ -196,6 +196,7 @@ def test_a_connection_that_never_speaks_grpc_is_closed(
             with connect(rig.address) as client:
                 client.sendall(sent)
                 assert await asyncio.to_thread(_until_closed, client)
+            monkeypatch.setattr(patience, "FIRST_WORD_S", 600.0)
             assert await still_serves(rig)
 
     asyncio.run(main())

@@ -126,7 +126,7 @@ def test_health_watches_have_a_bound_and_take_nobodys_place(
 
 
 def test_streams_that_ask_nothing_are_ended(start: Start, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patience, "NEXT_S", 2.0)
+    monkeypatch.setattr(patience, "NEXT_S", 5.0)
 
     async def main():
         async with start() as rig:
