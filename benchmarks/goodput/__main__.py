@@ -124,8 +124,9 @@ def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
     )
     result["systems"] = {name: result_of(each, targets) for name, each in found.items()}
     rates = {one.seed: one.rate for one in found.get(OURS, ())}
-    if args.check_statics and isinstance(subjects[0], Simulated) and all(rates.values()):
-        result["better_statics"] = better_statics(subjects[0], rates)
+    ours = next((subject for subject in subjects if subject.name == OURS), None)
+    if args.check_statics and isinstance(ours, Simulated) and all(rates.values()):
+        result["better_statics"] = better_statics(ours, rates)
     return result
 
 

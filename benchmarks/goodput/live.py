@@ -4,7 +4,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from benchmarks.processes import cpu_seconds
 from benchmarks.semipd import running_server, sender
 from benchmarks.workload import PlannedRequest, replayed
 from semipd_jax.config import PHASES, POLICIES, require
+from semipd_jax.errors import EngineError
 from semipd_jax.messages import Phase
 from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.systems import System
@@ -133,15 +134,16 @@ def _host_seconds() -> float:
 
 
 async def _watch(control: ControlClient, shares: Shares) -> None:
-    """Notes the share of each phase's latest step now and then."""
+    """Notes the share of each phase's latest step now and then, when the server answers."""
     started_s = time.perf_counter()
     while True:
-        partition = await asyncio.to_thread(control.partition)
-        for phase in PHASES:
-            now = getattr(partition, phase)
-            changes = shares[phase]
-            if now.HasField("current") and (not changes or changes[-1][1] != now.current):
-                changes.append((time.perf_counter() - started_s, now.current))
+        with suppress(TimeoutError, EngineError):
+            partition = await asyncio.to_thread(control.partition)
+            for phase in PHASES:
+                now = getattr(partition, phase)
+                changes = shares[phase]
+                if now.HasField("current") and (not changes or changes[-1][1] != now.current):
+                    changes.append((time.perf_counter() - started_s, now.current))
         await asyncio.sleep(_POLL_S)
 
 

@@ -81,10 +81,13 @@ def _figure(load: Mapping[str, Any], rows: int, columns: int) -> tuple[Figure, l
 
 
 def _by_rate(axes: Axes, load: Mapping[str, Any], value: Any) -> None:
-    """A line of each system through all its trials of all seeds."""
+    """A line of each system through all its trials of each seed, as far as they have a value."""
     for i, (name, result) in enumerate(load["systems"].items()):
-        for j, seed in enumerate(result["seeds"]):
+        label: str | None = name
+        for seed in result["seeds"]:
             points = [(t["rate"], y) for t in seed["trials"] if (y := value(t)) is not None]
-            label = name if j == 0 else None
-            axes.plot(*zip(*points, strict=True), ".-", color=f"C{i}", label=label, linewidth=0.8)
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, ".-", color=f"C{i}", label=label, linewidth=0.8)
+                label = None
     axes.set_xlabel("requests/s and device")

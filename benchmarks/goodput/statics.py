@@ -13,19 +13,19 @@ SLACK: Final = 0.98
 _ROUNDING: Final = 1e-9
 
 
-def better_statics(any_subject: Simulated, rates: Mapping[int, float]) -> list[str]:
+def better_statics(ours: Simulated, rates: Mapping[int, float]) -> list[str]:
     """Pairs of `SHARES`, with the idle rule and without, under either order of prefills, that on
     average over the seeds still hold the targets where a policy would be `SLACK` times as good as
     they are.
 
     Args:
-      any_subject: whose load and device they get.
-      rates: seed → goodput of the policy.
+      ours: the policy, whose load and device they get.
+      rates: seed → its goodput.
     """
-    target = any_subject.setup.targets.attainment
+    target = ours.setup.targets.attainment
 
     def holds(name: str) -> bool:
-        subject = replace(any_subject, system=parse(name))
+        subject = replace(ours, system=parse(name))
         to_meet = target * len(rates)
         for i, (seed, rate) in enumerate(rates.items(), start=1):
             num_left = len(rates) - i  # of which none may miss anything

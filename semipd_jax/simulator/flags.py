@@ -104,6 +104,8 @@ def refuse(args: argparse.Namespace, names: Iterable[str], allowed: str) -> None
 def workload_of(args: argparse.Namespace, name: str, seed: int) -> Workload:
     """The load of this name. `seed` is that of what is drawn, and the number of the part of a
     trace, of so many requests each."""
+    for number in ("num_requests", "flip_every"):
+        require(getattr(args, number) > 0, number, getattr(args, number), "at least 1")
     if name in _KNOWN:
         max_len = args.max_len or _SYNTHETIC_MAX_LEN
         load = workloads.drawn(name, _lengths(args, name), max_len=max_len, seed=seed)

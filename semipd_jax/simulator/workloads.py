@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from semipd_jax.config import require
 from semipd_jax.simulator.arrivals import poisson
 from semipd_jax.simulator.traces import HASH_BLOCK_TOKENS, TraceRow, clip
 
@@ -58,7 +59,10 @@ class Workload:
 
     @property
     def rate(self) -> float:
-        return (len(self.rows) - 1) / (self.rows[-1].arrival_s - self.rows[0].arrival_s)
+        """Raises ConfigError if there is none, as all arrive at once."""
+        times = [row.arrival_s for row in self.rows]
+        require(len(set(times)) > 1, "load", self.name, "requests at two times or more")
+        return (len(times) - 1) / (times[-1] - times[0])
 
     def at(self, rate: float) -> "Workload":
         factor = self.rate / rate

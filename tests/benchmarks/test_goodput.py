@@ -1,3 +1,4 @@
+import asyncio
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from benchmarks.goodput import statics
+from benchmarks.goodput import __main__ as goodput
+from benchmarks.goodput import live, plots, statics
 from benchmarks.goodput.__main__ import main
 from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
 from benchmarks.goodput.live import flags_of, limits_of, outcome_of
@@ -19,11 +22,12 @@ from benchmarks.goodput.tables import agreement, goodputs, markdown, ratios
 from benchmarks.load import GeneratorHealth, LoadRun
 from benchmarks.metrics import Arrival, RequestRecord
 from semipd_jax import serve
-from semipd_jax.errors import ConfigError
+from semipd_jax.errors import ConfigError, UnavailableError
 from semipd_jax.simulator.run import Outcome
 from semipd_jax.simulator.systems import System, parse
 from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.slo import SloTarget, SloTargets
+from semipd_server.pb import control_pb2 as pb
 
 LADDERS = Ladders(prefill=(1.0,), decode=(0.4, 1.0))
 TARGETS = SloTargets(SloTarget(ttft_ms=100.0, tpot_ms=50.0))
@@ -325,6 +329,33 @@ def test_server_outcomes_are_what_clients_saw():
     assert found.attainment(SloTarget()) == 0.5
 
 
+def test_the_watch_over_shares_survives_that_a_server_does_not_answer(monkeypatch):
+    monkeypatch.setattr(live, "_POLL_S", 0.0)
+    shares = pb.PhaseShares(current=0.5)
+    answers = [
+        TimeoutError(),
+        UnavailableError(),
+        pb.Partition(prefill=shares, decode=shares),
+    ]
+
+    class Control:
+        def partition(self) -> pb.Partition:
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    async def main():
+        found = {"prefill": [], "decode": []}
+        watching = asyncio.create_task(live._watch(Control(), found))
+        while not (watching.done() or found["decode"]):
+            await asyncio.sleep(0.001)
+        watching.cancel()
+        return {phase: [share for _, share in changes] for phase, changes in found.items()}
+
+    assert asyncio.run(main()) == {"prefill": [0.5], "decode": [0.5]}
+
+
 def test_servers_need_targets(capsys):
     assert main(["--model", "m"]) == 2
     assert "slo_ttft_ms and slo_tpot_ms" in capsys.readouterr().err
@@ -398,6 +429,38 @@ def test_a_simulation_takes_the_host_s_time_from_the_measurement_beside_it(tmp_p
     assert found["colocated"] == 0 > found["chunked"]
     assert main([*given, "--against", str(saved), "--host-ms", "0"]) == 0
     assert differences(capsys.readouterr().out) == {"colocated": 0, "chunked": 0}
+
+
+def test_statics_are_judged_like_ours(tmp_path, monkeypatch):
+    given = ["--num-requests", "30", "--repeat", "1", "--precision", "0.5", "--share-ladder", "1.0"]
+    given += ["--length-scale", "0.05", "--slo-ttft-ms", "15", "--no-plots"]
+    given += ["--systems", "colocated predictive+spf"]
+    assert main([*given, "--out", str(tmp_path)]) == 0
+    saved = tmp_path / "goodput.json"
+    result = json.loads(saved.read_text())
+    for name, ms in (("colocated", 9.0), ("predictive+spf", 1.0)):
+        at_goodput = result["loads"][0]["systems"][name]["seeds"][0]["at_goodput"]
+        at_goodput["counters"]["host_ms_per_token"] = ms
+    saved.write_text(json.dumps(result))
+    hosts = []
+    monkeypatch.setattr(
+        goodput, "better_statics", lambda like, _: hosts.append(like.setup.platform.host_s) or []
+    )
+    assert main([*given, "--against", str(saved), "--check-statics"]) == 0
+    assert hosts == [0.001]
+
+
+def test_plots_leave_out_what_has_no_value():
+    seeds = [
+        {"trials": [{"rate": rate, "y": y} for rate, y in trials]}
+        for trials in [[(1.0, None)], [(1.0, 5.0), (2.0, 6.0)], [(2.0, 7.0)]]
+    ]
+    axes = Figure().subplots()
+    load = {"systems": {"none": {"seeds": seeds[:1]}, "some": {"seeds": seeds}}}
+    plots._by_rate(axes, load, lambda trial: trial["y"])
+    lines = [np.array(line.get_xydata()).tolist() for line in axes.get_lines()]
+    assert lines == [[[1.0, 5.0], [2.0, 6.0]], [[2.0, 7.0]]]
+    assert axes.get_legend_handles_labels()[1] == ["some"]
 
 
 def differences(text: str) -> dict[str, int]:
