@@ -173,14 +173,7 @@ type Event = Started | Delta | Finished
 def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:
     """Raises InvalidRequestError that names the field, the value and what is allowed."""
     p = params
-    _require(
-        p.max_tokens is None or 1 <= p.max_tokens <= 2**31 - 1,
-        "max_tokens",
-        p.max_tokens,
-        "at least 1, or unset",
-    )
-    most = p.max_tokens if p.max_tokens is not None else 2**31 - 1
-    _require(0 <= p.min_tokens <= most, "min_tokens", p.min_tokens, "0 to max_tokens")
+    validate_lengths(p)
     _validate_choice(p)
     _validate_stops(p, vocab_size)
     few = len(p.logit_bias) <= MAX_LOGIT_BIAS
@@ -192,6 +185,19 @@ def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:
     _require(is_allowed, "logprobs", p.logprobs, f"0 to {MAX_LOGPROBS}, or unset")
     if p.structured_outputs is not None:
         _validate_form(p.structured_outputs)
+
+
+def validate_lengths(params: SamplingParams) -> None:
+    """Of the output; the part of `validate_sampling` that depends on the prompt's length."""
+    p = params
+    _require(
+        p.max_tokens is None or 1 <= p.max_tokens <= 2**31 - 1,
+        "max_tokens",
+        p.max_tokens,
+        "at least 1, or unset",
+    )
+    most = p.max_tokens if p.max_tokens is not None else 2**31 - 1
+    _require(0 <= p.min_tokens <= most, "min_tokens", p.min_tokens, "0 to max_tokens")
 
 
 def _validate_choice(p: SamplingParams) -> None:
@@ -328,6 +334,7 @@ def validate_prompt(
             f"max_tokens is {max_tokens}; allowed: at most {max_model_len - len(token_ids)} after "
             f"a prompt of {len(token_ids)} tokens (model length {max_model_len})",
             field="max_tokens",
+            is_too_long=True,
         )
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or highest >= vocab_size:

@@ -7,9 +7,9 @@ import logging
 import math
 import random
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import numpy as np
 
@@ -17,7 +17,12 @@ from semipd_jax.client.bounds import Bounds
 from semipd_jax.client.line import CALLER
 from semipd_jax.client.observations import ERROR, Observations, RequestTimes
 from semipd_jax.client.prompt import Prompt, PromptEncoder
-from semipd_jax.client.sampling import complete_sampling, fold_seed, load_generation_defaults
+from semipd_jax.client.sampling import (
+    CheckedSampling,
+    check_sampling,
+    fold_seed,
+    load_generation_defaults,
+)
 from semipd_jax.client.stream import Stream
 from semipd_jax.client.turns import Turns
 from semipd_jax.config import POLICIES, ModelConfig, SharePolicy
@@ -175,32 +180,70 @@ class EngineClient:
           RequestFailedError, RequestTimeoutError.
         """
         times = RequestTimes(self.observations.clock())
-        try:
-            request = await self._request(
-                prompt, sampling, request_id or uuid.uuid4().hex, priority, cache_salt
-            )
-            stream = self._submit(request, times)
-        except EngineError as error:
-            self.observations.refusal(error)
-            raise
-        reason = FinishReason.ABORT.value
-        timer = self._limit(stream)
-        try:
+        with self._counting_refusals():
+            self._connected()
+            _check_request_id(request_id or "")
+            checked = self._check(sampling, priority, cache_salt)
+            token_ids = await self._prompts.encode(prompt)
+            request = self._request(token_ids, checked, priority, cache_salt)
+            stream = self._submit(request, request_id or uuid.uuid4().hex, times)
+        with self._following(stream):
             while True:
                 event = await stream.next()
                 yield event
                 if isinstance(event, Finished):
                     return
-        except RequestFailedError:
-            reason = ERROR
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            stream.close()
-            if self._forget(stream):
-                self._abort(stream.handle, FinishReason.ABORT)
-                self.observations.gave_up(reason)
+
+    async def prepare(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParams | Mapping[str, Any],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[Request]:
+        """One request for each prompt, to be run any number of times. The sampling is checked once,
+        and each prompt once.
+
+        Args:
+          prompts: as `encode` returns them.
+          sampling, priority, cache_salt: as for `generate`.
+
+        Raises:
+          InvalidRequestError, UnavailableError.
+        """
+        with self._counting_refusals():
+            self._connected()
+            checked = self._check(sampling, priority, cache_salt)
+            requests: list[Request] = []
+            for token_ids in prompts:
+                requests.append(self._request(token_ids, checked, priority, cache_salt))
+                await asyncio.sleep(0)  # each alone is quick
+        return requests
+
+    async def run(
+        self, request: Request, request_id: str, seed: int | None = None
+    ) -> AsyncGenerator[Event]:
+        """Streams what `generate` would.
+
+        Args:
+          request: by `prepare`.
+          seed: chosen here when None.
+
+        Raises:
+          What `generate` does.
+        """
+        times = RequestTimes(self.observations.clock())
+        request = replace(request, sampling=replace(request.sampling, seed=seed))
+        with self._counting_refusals():
+            _check_request_id(request_id)
+            stream = self._submit(request, request_id, times)
+        with self._following(stream):
+            while True:
+                event = await stream.next()
+                yield event
+                if isinstance(event, Finished):
+                    return
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream ends with reason ABORT.
@@ -302,33 +345,68 @@ class EngineClient:
 
     # ------------------------------------------------------------ requests
 
-    async def _request(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams | Mapping[str, Any],
-        request_id: str,
-        priority: int,
-        cache_salt: str,
-    ) -> Request:
-        self._connected()
-        _check_request_id(request_id)
+    @contextlib.contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            self.observations.refusal(error)
+            raise
+
+    @contextlib.contextmanager
+    def _following(self, stream: Stream) -> Iterator[None]:
+        """Inside, the request may run; whoever leaves before its end ends it."""
+        reason = FinishReason.ABORT.value
+        timer = self._limit(stream)
+        try:
+            yield
+        except RequestFailedError:
+            reason = ERROR
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            stream.close()
+            if self._forget(stream):
+                self._abort(stream.handle, FinishReason.ABORT)
+                self.observations.gave_up(reason)
+
+    def _check(
+        self, sampling: SamplingParams | Mapping[str, Any], priority: object, cache_salt: object
+    ) -> CheckedSampling:
         validate_scheduling(priority=priority, cache_salt=cache_salt)
-        self._bounds.check_priority(priority)
-        token_ids = await self._prompts.encode(prompt)
+        self._bounds.check_priority(cast(int, priority))
+        vocab_size = self.layout.vocab_size
+        return check_sampling(sampling, self.generation_defaults, vocab_size=vocab_size)
+
+    def _request(
+        self, token_ids: tuple[int, ...], checked: CheckedSampling, priority: int, cache_salt: str
+    ) -> Request:
+        """Without an id."""
+        layout = self.layout
+        params = checked.after(
+            token_ids, vocab_size=layout.vocab_size, max_model_len=layout.max_model_len
+        )
+        eos = () if params.ignore_eos else layout.eos_token_ids
+        stops = tuple(dict.fromkeys(params.stop_token_ids + eos))
         return Request(
-            request_id=request_id,
+            request_id="",
             prompt_token_ids=token_ids,
-            sampling=self._complete(sampling, token_ids),
+            sampling=replace(params, stop_token_ids=stops),
             priority=priority,
             cache_salt=cache_salt,
         )
 
-    def _submit(self, request: Request, times: RequestTimes) -> Stream:
-        request_id, token_ids = request.request_id, request.prompt_token_ids
+    def _submit(self, request: Request, request_id: str, times: RequestTimes) -> Stream:
+        token_ids = request.prompt_token_ids
         if request_id in self._handles:
             raise DuplicateRequestError(f"a request with id {request_id!r} is running")
         link = self._connected()
         handle = next(self._numbers)
+        seed = request.sampling.seed
+        seed = self._seeds.getrandbits(32) if seed is None else fold_seed(seed)
+        sampling = replace(request.sampling, seed=seed)
+        request = replace(request, request_id=request_id, sampling=sampling)
         text = OutputText(self.tokenizer, token_ids, request.sampling)
         try:
             link.send(Submit(handle, request))
@@ -354,23 +432,6 @@ class EngineClient:
                 self.observations.gave_up(ERROR)
 
         return asyncio.get_running_loop().call_later(timeout_s, end)
-
-    def _complete(
-        self, sampling: SamplingParams | Mapping[str, Any], token_ids: tuple[int, ...]
-    ) -> SamplingParams:
-        layout = self.layout
-        params = complete_sampling(
-            sampling,
-            self.generation_defaults,
-            token_ids,
-            vocab_size=layout.vocab_size,
-            max_model_len=layout.max_model_len,
-        )
-        eos = () if params.ignore_eos else layout.eos_token_ids
-        seed = self._seeds.getrandbits(32) if params.seed is None else fold_seed(params.seed)
-        return replace(
-            params, seed=seed, stop_token_ids=tuple(dict.fromkeys(params.stop_token_ids + eos))
-        )
 
     def _connected(self) -> AsyncLink[FromCoordinator, ToCoordinator]:
         if self._lost is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
@@ -12,6 +13,7 @@ from semipd_jax.errors import CheckpointError, InvalidRequestError
 from semipd_jax.request import (
     SamplingParams,
     StructuredOutputs,
+    validate_lengths,
     validate_prompt,
     validate_sampling,
 )
@@ -95,36 +97,56 @@ def _form(given: Mapping[str, Any]) -> dict[str, Any]:
     return form
 
 
-def complete_sampling(
-    given: SamplingParams | Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    prompt_token_ids: tuple[int, ...],
-    *,
-    vocab_size: int,
-    max_model_len: int,
-) -> SamplingParams:
+@dataclass(frozen=True, slots=True)
+class CheckedSampling:
+    """What a request says about sampling, checked but for what depends on its prompt.
+
+    Attributes:
+      params: with the model's defaults for what the request does not say.
+      has_max_tokens: whether the request itself says `max_tokens`.
+    """
+
+    params: SamplingParams
+    has_max_tokens: bool
+
+    def after(
+        self, prompt_token_ids: tuple[int, ...], *, vocab_size: int, max_model_len: int
+    ) -> SamplingParams:
+        """With `max_tokens`, as this prompt leaves room for them.
+
+        Raises:
+          InvalidRequestError: the prompt can never be served, or not with this sampling.
+        """
+        params = self.params
+        validate_prompt(
+            prompt_token_ids,
+            max_tokens=params.max_tokens if self.has_max_tokens else None,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+        )
+        if not self.has_max_tokens:
+            room = max_model_len - len(prompt_token_ids)
+            most = room if params.max_tokens is None else min(params.max_tokens, room)
+            params = dataclasses.replace(params, max_tokens=most)
+            validate_lengths(params)
+        return params
+
+
+def check_sampling(
+    given: SamplingParams | Mapping[str, Any], defaults: Mapping[str, Any], *, vocab_size: int
+) -> CheckedSampling:
     """Everything `given`, then `defaults` (by `load_generation_defaults`), then SamplingParams'.
 
-    A SamplingParams says everything, so the model's defaults do not apply to it. `max_tokens` is
-    always set in the result.
+    A SamplingParams says everything, so the model's defaults do not apply to it.
 
     Raises:
-      InvalidRequestError: prompt or sampling can never be served.
+      InvalidRequestError: it can never be served.
     """
     asked = parse_sampling(given)
     fields = ({} if isinstance(given, SamplingParams) else dict(defaults)) | asked
-    validate_prompt(
-        prompt_token_ids,
-        max_tokens=asked.get("max_tokens"),
-        vocab_size=vocab_size,
-        max_model_len=max_model_len,
-    )
-    if "max_tokens" not in asked:
-        room = max_model_len - len(prompt_token_ids)
-        fields["max_tokens"] = min(fields.get("max_tokens", room), room)
     params = SamplingParams(**fields)
     validate_sampling(params, vocab_size=vocab_size)
-    return params
+    return CheckedSampling(params, has_max_tokens="max_tokens" in asked)
 
 
 def fold_seed(seed: int) -> int:

@@ -1,7 +1,7 @@
 """Bounds of repeated fields, checked on the message as it arrived: before anything is copied out of
 it, tokenised or sent on. Values inside are checked where they are used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, Final
 
 from semipd_jax.client.prompt import MAX_CHAT_MESSAGES
@@ -43,9 +43,20 @@ def check_entries(
         if field.is_repeated:
             limit = entries.get(field.full_name, 0)
             limit = max_model_len if limit == MODEL_LENGTH else limit
-            if len(value) > limit:
-                raise InvalidRequestError(
-                    f"{name} has {len(value)} entries; allowed: at most {limit}", field=name
-                )
+            check_number(name, value, limit)
         elif field.message_type is not None:
             check_entries(value, max_model_len, entries, f"{name}.")
+
+
+def check_number(field: str, entries: Sized, limit: int, *, is_too_long: bool = False) -> None:
+    """Raises InvalidRequestError for a field that has more entries than allowed.
+
+    Args:
+      is_too_long: whether such a request is too long for the model.
+    """
+    if len(entries) > limit:
+        raise InvalidRequestError(
+            f"{field} has {len(entries)} entries; allowed: at most {limit}",
+            field=field,
+            is_too_long=is_too_long,
+        )

@@ -6,6 +6,7 @@ of fixed lists: nothing that a client can choose.
 """
 
 import asyncio
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
@@ -31,6 +32,8 @@ from semipd_server.gate import Gate
 _STATS_TIMEOUT_S: Final = 2.0
 _LABELS: Final = ("model_name", "engine")
 _ENGINE: Final = "0"  # vLLM numbers the engines of a server; here there is one
+_VERSION: Final = re.compile(r"version=([^;]*)")
+_KNOWN_VERSIONS: Final = ([], ["0.0.1"], ["0.0.4"], ["1.0.0"])
 _UP: Final = "1 if new requests are taken and the coordinator answers"
 
 _REQUEST_COUNTERS: Final = (
@@ -89,7 +92,7 @@ class Metrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The body of a scrape and its content type, by the Accept header. Written in a thread."""
         families = await self._families()
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = choose_encoder(_known_formats(accept))
         registry = CollectorRegistry()
         registry.register(_Families([*families, *self._process.collect()]))
         return await asyncio.to_thread(encode, registry), content_type
@@ -108,6 +111,16 @@ class Metrics:
             *names.of_engine(stats, client.layout),
             *names.of_calls(self._gate.calls),
         ]
+
+
+def _known_formats(accept: str) -> str:
+    """The entries of an Accept header without those of versions that `choose_encoder` trips over or
+    takes for ones that it can write."""
+
+    def is_known(entry: str) -> bool:
+        return [version.rstrip() for version in _VERSION.findall(entry)] in _KNOWN_VERSIONS
+
+    return ",".join(filter(is_known, accept.split(",")))
 
 
 class _Families(Collector):

@@ -140,6 +140,21 @@ def test_openmetrics_is_spoken_to_those_who_ask(start: Start):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("version", ["abc", "2.x", "2.0.0", "1.0.0.a", "1.0.0;version=x", ""])
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_who_asks_for_a_version_that_is_not_there_gets_plain_text(
+    start: Start, kind: str, version: str
+):
+    async def main():
+        async with start() as rig:
+            headers = {"accept": f"{kind}; version={version}"}
+            reply = await request(rig, "GET", "/metrics", headers=headers)
+            assert reply.status_code == 200
+            assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+    asyncio.run(main())
+
+
 def test_every_metric_of_the_dashboard_exists(start: Start):
     dashboard = json.loads(files("semipd_server").joinpath("grafana.json").read_text("utf-8"))
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from semipd_jax.request import Delta, Event, Finished, Started, TokenLogprob
-from semipd_server.choices import Choice, events
+from semipd_server.choices import Choices, events
 from semipd_server.gate import Engine
 from semipd_server.openai.reply import Reply
 from semipd_server.openai.schema import CachedTokens, Completion, StreamOptions, Usage
@@ -59,15 +59,19 @@ class Answer:
 
     Args:
       wanted: its choices.
+      stop_token_ids: that the client named.
     """
 
-    def __init__(self, engine: Engine, form: Format, wanted: Sequence[Choice]) -> None:
+    def __init__(
+        self, engine: Engine, form: Format, wanted: Choices, stop_token_ids: Sequence[int]
+    ) -> None:
         self._engine = engine
         self._form = form
         self._wanted = wanted
+        self._stop_token_ids = stop_token_ids
         self._id = f"{form.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._progress = [_Progress() for _ in wanted]
+        self._progress = [_Progress() for _ in range(len(wanted))]
 
     async def send_whole(self, reply: Reply) -> None:
         async with aclosing(events(self._engine, self._id, self._wanted)) as happening:
@@ -109,23 +113,19 @@ class Answer:
             case Delta(token_ids=token_ids):
                 progress.num_tokens += len(token_ids)
             case Finished():
-                progress.end = self._end_of(index, event)
+                progress.end = self._end_of(event)
 
-    def _end_of(self, index: int, finished: Finished) -> tuple[str, str | int | None]:
+    def _end_of(self, finished: Finished) -> tuple[str, str | int | None]:
         """OpenAI's reason, and what vLLM adds: the stop string or stop token of the request."""
         stop = finished.matched_stop
-        asked = self._wanted[index].sampling.get("stop_token_ids") or ()
-        return finished.reason.value, stop if isinstance(stop, str) or stop in asked else None
+        is_named = isinstance(stop, str) or stop in self._stop_token_ids
+        return finished.reason.value, stop if is_named else None
 
     def _usage(self) -> Usage:
         """Prompts count once, however many choices they have."""
-        prompt = cached = 0
-        counted: set[int] = set()
-        for choice, progress in zip(self._wanted, self._progress, strict=True):
-            if choice.prompt_index not in counted:
-                counted.add(choice.prompt_index)
-                prompt += len(choice.token_ids)
-                cached += progress.cached_tokens
+        wanted = self._wanted
+        prompt = sum(len(request.prompt_token_ids) for request in wanted.requests)
+        cached = sum(p.cached_tokens for p in self._progress[:: len(wanted.seeds)])
         completion = sum(p.num_tokens for p in self._progress)
         return Usage(prompt, completion, prompt + completion, CachedTokens(cached))
 

@@ -25,6 +25,7 @@ from semipd_server.openai.answer import Answer
 from semipd_server.openai.chat import chat, conversation
 from semipd_server.openai.completions import complete
 from semipd_server.openai.door import Door
+from semipd_server.openai.entries import check_entries
 from semipd_server.openai.errors import ApiError, api_error, bad_request
 from semipd_server.openai.names import as_sent
 from semipd_server.openai.reply import Reply, Work
@@ -99,12 +100,11 @@ class Routes:
         return _json(ModelList([self._model()]))
 
     async def model(self, request: Request) -> ASGIApp:
-        self._engine_for(request.path_params["model"])
+        self._check_model(request.path_params["model"], self._gate.engine)
         return _json(self._model())
 
     async def tokenize(self, request: Request) -> ASGIApp:
-        body = await self._read(request, TokenizeRequest)
-        engine = self._engine_for(body.model)
+        engine, body = await self._asked(request, TokenizeRequest)
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("allowed: either prompt or messages, and not both", "prompt")
         prompt = body.prompt if body.messages is None else conversation(body.messages)
@@ -112,12 +112,12 @@ class Routes:
         ids = await engine.client.encode(prompt or "", add_special_tokens=special)
         strings = None
         if body.return_token_strs:
-            strings = [self._token_texts(engine).text_of(token_id) for token_id in ids]
+            strings = await asyncio.to_thread(self._token_texts(engine).texts_of, ids)
         return _json(Tokens(len(ids), engine.info.max_model_len, list(ids), strings))
 
     async def detokenize(self, request: Request) -> ASGIApp:
-        body = await self._read(request, DetokenizeRequest)
-        client = self._engine_for(body.model).client
+        engine, body = await self._asked(request, DetokenizeRequest)
+        client = engine.client
         vocab_size = client.layout.vocab_size
         for token_id in body.tokens:
             if not 0 <= token_id < vocab_size:
@@ -152,8 +152,7 @@ class Routes:
     async def _generate[R: Sampling](
         self, request: Request, kind: type[R], prepare: Prepare[R]
     ) -> ASGIApp:
-        body = await self._read(request, kind)
-        engine = self._engine_for(body.model)
+        engine, body = await self._asked(request, kind)
 
         async def work(reply: Reply) -> None:
             try:
@@ -166,6 +165,13 @@ class Routes:
                 raise as_sent(error, body) from error
 
         return Work(work)
+
+    async def _asked[T: Body](self, request: Request, kind: type[T]) -> tuple[Engine, T]:
+        """What the request asks, and whom."""
+        body = await self._read(request, kind)
+        engine = self._engine_for(body.model)
+        check_entries(body, engine.info.max_model_len)
+        return engine, body
 
     async def _read[T: Body](self, request: Request, kind: type[T]) -> T:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -185,6 +191,10 @@ class Routes:
 
     def _engine_for(self, model: str) -> Engine:
         engine = self._gate.admit()
+        self._check_model(model, engine)
+        return engine
+
+    def _check_model(self, model: str, engine: Engine) -> None:
         if model not in ("", engine.info.name):
             raise ApiError(
                 404,
@@ -192,7 +202,6 @@ class Routes:
                 param="model",
                 code="model_not_found",
             )
-        return engine
 
     def _model(self) -> Model:
         info = self._gate.engine.info

@@ -79,9 +79,9 @@ class ChatFormat:
 
 async def chat(engine: Engine, texts: TokenTexts, request: ChatRequest) -> Answer:
     """Raises ApiError or an EngineError if the request can never succeed."""
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_request(
-            f"top_logprobs is {request.top_logprobs}; allowed: null unless logprobs is true",
+            f"top_logprobs is {request.top_logprobs}; allowed: 0 or null unless logprobs is true",
             "top_logprobs",
         )
     token_ids = await engine.client.encode(conversation(request.messages))
@@ -89,7 +89,8 @@ async def chat(engine: Engine, texts: TokenTexts, request: ChatRequest) -> Answe
     if request.logprobs:
         asked["logprobs"] = request.top_logprobs or 0
     form = ChatFormat(texts, with_logprobs=request.logprobs)
-    return Answer(engine, form, choices([token_ids], request, **asked))
+    wanted = await choices(engine, [token_ids], request, **asked)
+    return Answer(engine, form, wanted, request.stop_token_ids or ())
 
 
 def conversation(messages: Sequence[Message]) -> list[EngineMessage]:

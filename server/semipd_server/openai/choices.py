@@ -3,31 +3,33 @@
 from collections.abc import Sequence
 from typing import Any
 
-from semipd_jax.client.sampling import fold_seed
-from semipd_server.choices import Choice
+from semipd_server.choices import Choices, prepare, seeds_of
+from semipd_server.gate import Engine
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.openai.errors import bad_request
 from semipd_server.openai.schema import Sampling
 from semipd_server.openai.structured import form_of
 
 
-def choices(prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: Any) -> list[Choice]:
-    """`n` choices of each prompt, in OpenAI's order. With a seed, choice i of a prompt has the seed
-    plus i, as in vLLM, modulo 2**32, so that no two are the same.
+async def choices(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], request: Sampling, **sampling: Any
+) -> Choices:
+    """`n` choices of each prompt, in OpenAI's order.
 
     Raises:
       ApiError: `n` or `logit_bias` is wrong.
+      EngineError: what `choices.prepare` raises.
     """
     if not 1 <= request.n <= MAX_CHOICES:
         raise bad_request(f"n is {request.n}; allowed: 1 to {MAX_CHOICES}", "n")
-    fields = {**_sampling(request), **sampling}
-    seed = None if request.seed is None else fold_seed(request.seed % 2**64)
-    seeds = [None if seed is None else (seed + i) % 2**32 for i in range(request.n)]
-    return [
-        Choice(i, token_ids, {**fields, "seed": seed}, request.priority, request.cache_salt or "")
-        for i, token_ids in enumerate(prompts)
-        for seed in seeds
-    ]
+    return await prepare(
+        engine,
+        prompts,
+        {**_sampling(request), **sampling},
+        seeds_of(request.seed, request.n),
+        priority=request.priority,
+        cache_salt=request.cache_salt or "",
+    )
 
 
 def _sampling(request: Sampling) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import cast
 from semipd_jax.client import EngineClient, Prompt
 from semipd_jax.request import TokenLogprob
 from semipd_server.gate import Engine
-from semipd_server.limits import MAX_PROMPTS
 from semipd_server.openai.answer import Answer
 from semipd_server.openai.choices import choices
 from semipd_server.openai.errors import bad_request
@@ -82,12 +81,17 @@ async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest
     for prompt in prompts:
         token_ids.append(await engine.client.encode(prompt, add_special_tokens=special))
         await asyncio.sleep(0)  # each alone is quick, so it was done at once
-    wanted = choices(token_ids, request, max_tokens=request.max_tokens, logprobs=request.logprobs)
-    echoes = [await _text(engine.client, p) if request.echo else "" for p in prompts]
+    options = {"max_tokens": request.max_tokens, "logprobs": request.logprobs}
+    wanted = await choices(engine, token_ids, request, **options)
+    echoes = [""] * len(prompts)
+    if request.echo:
+        echoes = [await _text(engine.client, prompt) for prompt in prompts]
     form = CompletionFormat(
-        texts, [echoes[c.prompt_index] for c in wanted], with_logprobs=request.logprobs is not None
+        texts,
+        [echoes[wanted.prompt_of(index)] for index in range(len(wanted))],
+        with_logprobs=request.logprobs is not None,
     )
-    return Answer(engine, form, wanted)
+    return Answer(engine, form, wanted, request.stop_token_ids or ())
 
 
 def _prompts(request: CompletionRequest) -> list[Prompt]:
@@ -103,14 +107,11 @@ def _prompts(request: CompletionRequest) -> list[Prompt]:
             f"prompt is {prompt!r:.80}; allowed: a string, token ids, or a list of one of them",
             "prompt",
         )
-    if len(prompt) > MAX_PROMPTS:
-        raise bad_request(
-            f"prompt has {len(prompt)} entries; allowed: at most {MAX_PROMPTS}", "prompt"
-        )
     return cast(list[Prompt], prompt)
 
 
 async def _text(client: EngineClient, prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
+    await asyncio.sleep(0)  # each alone is quick, so it is done at once
     return await client.decode(cast(list[int], prompt), skip_special_tokens=False)

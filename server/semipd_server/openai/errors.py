@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -50,13 +51,20 @@ class ApiError(Exception):
     """An answer other than success."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message[:_MAX_MESSAGE_CHARS]
         self.param = param
         self.code = code or _CODES.get(status)
+        self._more_headers = more_headers or {}
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -67,7 +75,8 @@ class ApiError(Exception):
             headers.append((b"x-should-retry", b"false"))
         if self.status in (429, 503):
             headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
-        return headers
+        more = self._more_headers.items()
+        return headers + [(name.lower().encode(), value.encode()) for name, value in more]
 
     @property
     def body(self) -> bytes:
@@ -90,7 +99,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        return ApiError(error.status_code, str(error.detail), more_headers=error.headers)
     status = _STATUSES.get(type(error))
     if status is None:
         error_id = uuid.uuid4().hex[:12]

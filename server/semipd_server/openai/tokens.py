@@ -1,6 +1,7 @@
 """What single tokens stand for, byte by byte: text alone cannot show half a character."""
 
 import codecs
+from collections.abc import Sequence
 from typing import Final
 
 from tokenizers import decoders, pre_tokenizers
@@ -39,6 +40,9 @@ class TokenTexts:
     def text_of(self, token_id: int) -> str:
         """With U+FFFD for what is no whole character."""
         return self.bytes_of(token_id).decode("utf-8", "replace")
+
+    def texts_of(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.text_of(token_id) for token_id in token_ids]
 
     def name_of(self, token_id: int) -> str:
         """The text, or OpenAI's spelling of bytes that are no whole character: such tokens would

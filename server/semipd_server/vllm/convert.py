@@ -6,9 +6,9 @@ from typing import Any, Final
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from semipd_jax.client import Prompt
-from semipd_jax.client.sampling import fold_seed
 from semipd_jax.errors import InvalidRequestError
 from semipd_jax.request import ANY_OBJECT, Finished, TokenLogprob
+from semipd_server.choices import seeds_of
 from semipd_server.limits import MAX_CHOICES
 
 _UNSUPPORTED: Final = (
@@ -47,9 +47,10 @@ def prompt_from(request: pb.GenerateRequest) -> Prompt:
     raise InvalidRequestError("there is no prompt; set tokenized or text", field="input")
 
 
-def samplings_from(params: pb.SamplingParams) -> list[dict[str, Any]]:
-    """One for each of the `n` choices. As in vLLM, zero is the value that it is, except that a
-    `top_p` or a `repetition_penalty` of zero is unset: the gateway applies the model's defaults.
+def sampling_from(params: pb.SamplingParams) -> tuple[dict[str, Any], list[int | None]]:
+    """What the choices share, and the seeds of the `n` choices. As in vLLM, zero is the value that
+    it is, except that a `top_p` or a `repetition_penalty` of zero is unset: the gateway applies the
+    model's defaults.
 
     Raises:
       InvalidRequestError: a field is not supported, or `n` is out of range.
@@ -79,10 +80,7 @@ def samplings_from(params: pb.SamplingParams) -> list[dict[str, Any]]:
         "skip_special_tokens": params.skip_special_tokens,
         "structured_outputs": _form(params),
     }
-    if not params.HasField("seed"):
-        return [fields] * n
-    seed = fold_seed(params.seed % 2**64)
-    return [fields | {"seed": (seed + i) % 2**32} for i in range(n)]
+    return fields, seeds_of(params.seed if params.HasField("seed") else None, n)
 
 
 def _form(params: pb.SamplingParams) -> dict[str, Any] | None:

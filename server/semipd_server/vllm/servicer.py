@@ -21,7 +21,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from semipd_jax.errors import RequestNotFoundError
 from semipd_jax.request import Delta, Finished, Started, TokenLogprob
-from semipd_server.choices import Choice, events
+from semipd_server.choices import events, prepare
 from semipd_server.gate import Gate
 from semipd_server.limits import MAX_CHOICES
 from semipd_server.servicer import Context, rpc, send
@@ -30,7 +30,7 @@ from semipd_server.vllm.convert import (
     field_path,
     logprobs_message,
     prompt_from,
-    samplings_from,
+    sampling_from,
     stop_fields,
 )
 from semipd_server.vllm.tokenizer import chunks, tokenizer_zip
@@ -65,8 +65,8 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
         engine = self.gate.admit()
         token_ids = await engine.client.encode(prompt_from(request))
         request_id = request.request_id or uuid.uuid4().hex
-        wanted = [Choice(0, token_ids, s) for s in samplings_from(request.sampling_params)]
-        progress = [_Progress() for _ in wanted]
+        wanted = await prepare(engine, [token_ids], *sampling_from(request.sampling_params))
+        progress = [_Progress() for _ in range(len(wanted))]
         async with aclosing(events(engine, request_id, wanted)) as happening:
             async for index, event in happening:
                 answer = self._answer(event, index, progress[index], len(token_ids))

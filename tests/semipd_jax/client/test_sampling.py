@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semipd_jax.client.sampling import (
-    complete_sampling,
+    check_sampling,
     fold_seed,
     load_generation_defaults,
     parse_sampling,
@@ -20,7 +20,8 @@ DEFAULTS = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 50}
 
 def complete(given_, defaults=DEFAULTS, prompt_len: int = 10) -> SamplingParams:
     prompt = tuple(range(prompt_len))
-    return complete_sampling(given_, defaults, prompt, vocab_size=100, max_model_len=40)
+    checked = check_sampling(given_, defaults, vocab_size=100)
+    return checked.after(prompt, vocab_size=100, max_model_len=40)
 
 
 def test_what_is_given_comes_before_the_models_defaults_and_those_before_ours():

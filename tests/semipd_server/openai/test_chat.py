@@ -127,8 +127,9 @@ def test_logprobs(start: Start, tokenizer: Tokenizer):
                 found.content
             )
             options["logprobs"] = False
-            none = await while_serving(rig, create(**options))
-            assert none.choices[0].logprobs is None
+            for top in ({}, {"top_logprobs": 0}):
+                none = await while_serving(rig, create(**(options | top)))
+                assert none.choices[0].logprobs is None
 
     asyncio.run(main())
 

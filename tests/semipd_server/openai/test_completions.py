@@ -1,15 +1,19 @@
 import asyncio
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from openai_rig import collect, in_thread, openai_client, says, while_serving
+from openai_rig import collect, in_thread, openai_client, request, says, while_serving
 from server_rig import EOS, Start
 
-from semipd_jax.request import FinishReason
+from semipd_jax.client import EngineClient, sampling
+from semipd_jax.errors import OverloadedError
+from semipd_jax.request import FinishReason, Request
 from semipd_jax.text.tokenizer import Tokenizer
 from semipd_server.settings import Settings
 
 ANSWER = "naïve 日本語 😀 fox"
+CHECKS = ("parse_sampling", "validate_sampling", "validate_prompt")
 
 
 def test_whole_sync_and_async(start: Start, tokenizer: Tokenizer):
@@ -159,6 +163,49 @@ def test_many_prompts_and_choices(start: Start, tokenizer: Tokenizer):
             for chunk in await while_serving(rig, collect(stream)):
                 joined[chunk.choices[0].index] += chunk.choices[0].text
             assert list(joined.values()) == texts
+
+    asyncio.run(main())
+
+
+def test_what_choices_share_is_checked_once(
+    start: Start, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {"temperature": 0.5, "max_tokens": 1, "guided_json": {"type": "object"}}
+    checks = {name: Mock(wraps=getattr(sampling, name)) for name in CHECKS}
+    for name, check in checks.items():
+        monkeypatch.setattr(sampling, name, check)
+
+    async def main():
+        async with start() as rig:
+            body = {"prompt": [[5, 6], [7], [8]], "n": 5, "seed": 3, **asked}
+            reply = await request(rig, "POST", "/v1/completions", json=body)
+            assert len(reply.json()["choices"]) == 15
+            seeds = [submitted.sampling.seed for submitted in rig.fake.submitted]
+            assert seeds == [3, 4, 5, 6, 7] * 3
+
+    asyncio.run(main())
+    counts = {name: check.call_count for name, check in checks.items()}
+    assert counts == {"parse_sampling": 1, "validate_sampling": 1, "validate_prompt": 3}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_choice_is_begun_after_one_that_failed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, stream: bool
+):
+    begun: list[str] = []
+
+    async def fail(self: EngineClient, request_: Request, request_id: str, seed: int | None):
+        begun.append(request_id)
+        raise OverloadedError("the link is full")
+        yield
+
+    async def main():
+        async with start() as rig:
+            monkeypatch.setattr(EngineClient, "run", fail)
+            body = {"prompt": [[5]] * 9, "n": 9, "stream": stream}
+            reply = await request(rig, "POST", "/v1/completions", json=body)
+            assert reply.status_code == 429
+            assert len(begun) == 1
 
     asyncio.run(main())
 

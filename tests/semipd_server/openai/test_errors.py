@@ -28,6 +28,8 @@ INVALID = [
     ({"prompt": [5] * MAX_MODEL_LEN}, "prompt"),
     ({"prompt": "x" * 2000}, "prompt"),
     ({"prompt": ["x"] * (MAX_PROMPTS + 1)}, "prompt"),
+    ({"prompt": [[5]] * (MAX_PROMPTS + 1)}, "prompt"),
+    ({"prompt": [[5], [5] * (MAX_MODEL_LEN + 1)]}, "prompt[1]"),
     ({"prompt": 5}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"n": 0}, "n"),
@@ -47,6 +49,9 @@ INVALID = [
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+    ({"stop_token_ids": [5] * 65}, "stop_token_ids"),
+    ({"guided_choice": ["a"] * 1025}, "guided_choice"),
+    ({"structured_outputs": {"choice": ["a"] * 1025}}, "structured_outputs.choice"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"echo": True, "logprobs": 1}, "echo"),
@@ -89,14 +94,55 @@ def test_a_bad_field_is_named_with_its_value(start: Start, fields: dict[str, Any
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("prompt", [[5] * MAX_MODEL_LEN, "x" * 2000])
-def test_a_prompt_that_is_too_long_has_openais_code(start: Start, prompt: Any):
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [5] * MAX_MODEL_LEN}, "prompt"),
+        ({"prompt": [5] * (MAX_MODEL_LEN + 1)}, "prompt"),
+        ({"prompt": "x" * 2000}, "prompt"),
+        ({"prompt": [5] * 9, "max_tokens": MAX_MODEL_LEN - 8}, "max_tokens"),
+    ],
+)
+def test_what_is_too_long_for_the_model_has_openais_code(
+    start: Start, fields: dict[str, Any], param: str
+):
     async def main():
         async with start() as rig, openai_client(rig) as client:
             with pytest.raises(openai.BadRequestError) as refused:
-                await client.completions.create(model="tiny", prompt=prompt)
+                await client.completions.create(model="tiny", **fields)
             assert refused.value.code == "context_length_exceeded"
-            assert refused.value.param == "prompt"
+            assert refused.value.param == param
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "x", "stop": ["x"] * 17}),
+        ("/v1/completions", {"prompt": "x", "stop_token_ids": [5] * 65}),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {str(i): 1 for i in range(301)}}),
+        ("/v1/completions", {"prompt": "x", "guided_choice": ["a"] * 1025}),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"choice": ["a"] * 1025}}),
+        ("/v1/completions", {"prompt": [5] * (MAX_MODEL_LEN + 1)}),
+        ("/v1/completions", {"prompt": ["x"] * (MAX_PROMPTS + 1)}),
+        ("/v1/completions", {"prompt": [[5] * (MAX_MODEL_LEN + 1)]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 4097}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x"}] * 4097}),
+        ("/detokenize", {"tokens": [5] * (MAX_MODEL_LEN + 1)}),
+    ],
+)
+def test_entries_are_counted_before_any_work(
+    start: Start, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+):
+    async def main():
+        async with start() as rig:
+            for method in ("encode", "decode", "prepare", "run"):
+                monkeypatch.setattr(EngineClient, method, None)
+            monkeypatch.setattr("semipd_server.openai.app.conversation", None)
+            reply = await request(rig, "POST", path, json=fields)
+            assert reply.status_code == 400
+            assert " entries; allowed: at most " in reply.json()["error"]["message"]
 
     asyncio.run(main())
 
@@ -184,6 +230,7 @@ def test_unknown_models_and_routes(start: Start):
                 await client.embeddings.create(model="tiny", input="x")
             reply = await request(rig, "GET", "/v1/completions")
             assert reply.status_code == 405
+            assert reply.headers["allow"] == "POST"
             assert "error" in reply.json()
             with pytest.raises(openai.NotFoundError):
                 await client.models.retrieve("no-such")
@@ -299,6 +346,8 @@ def test_before_and_after_serving_requests_are_503(start: Start):
                 await client.completions.create(model="tiny", prompt="Hi")
             assert refused.value.status_code == 503
             assert refused.value.response.headers["retry-after"] == "1"
+            listed = [model async for model in client.models.list()]
+            assert await client.models.retrieve("tiny") == listed[0]
 
     asyncio.run(main())
 

@@ -18,11 +18,11 @@ from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
-from semipd_jax.client.sampling import complete_sampling
+from semipd_jax.client.sampling import check_sampling
 from semipd_jax.config import SchedulerConfig
 from semipd_jax.request import ANY_OBJECT, FinishReason, SamplingParams, StructuredOutputs
 from semipd_server.limits import MAX_CHOICES
-from semipd_server.vllm.convert import samplings_from
+from semipd_server.vllm.convert import sampling_from
 from semipd_server.vllm.limits import MAX_ENTRIES
 from semipd_server.vllm.servicer import SERVICE
 
@@ -126,9 +126,10 @@ def test_stop_tokens_and_strings_are_named(start: Start):
 
 def test_zeros_mean_what_vllm_means_by_them():
     """An empty message is vLLM's default sampling, whatever the model's own defaults are."""
-    [fields] = samplings_from(pb.SamplingParams(skip_special_tokens=True))
+    fields, _ = sampling_from(pb.SamplingParams(skip_special_tokens=True))
     model = {"temperature": 0.3, "top_p": 0.5, "top_k": 7, "repetition_penalty": 1.3}
-    found = complete_sampling(fields, model, IDS, vocab_size=400, max_model_len=64)
+    checked = check_sampling(fields, model, vocab_size=400)
+    found = checked.after(IDS, vocab_size=400, max_model_len=64)
     assert found == SamplingParams(max_tokens=61)
 
 
