@@ -3,6 +3,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, here and in children
 
@@ -10,6 +11,13 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The first example may compile, and the machine may stall. In CI the default draws the same
+# examples every time.
+settings.register_profile(
+    "semipd", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("semipd")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_case(case):
     oracle.assert_matches(merge(outs, lses), (out, lse))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 25), st.integers(0, 25))
 def test_parts_of_a_context_make_the_whole(first_cut, second_cut):
     q, k_pages, v_pages, table, context_lens = WHOLE.inputs()

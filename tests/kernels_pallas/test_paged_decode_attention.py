@@ -42,7 +42,7 @@ def test_case(case):
 
 @pytest.mark.parametrize("num_heads", [2, 4])
 @pytest.mark.parametrize("options", [{}, {"window": 11, "soft_cap": 1.5}], ids=["plain", "window"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(lengths, min_size=ROWS, max_size=ROWS),
     st.integers(0, 2**32 - 1),

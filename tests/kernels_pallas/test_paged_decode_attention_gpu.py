@@ -123,14 +123,14 @@ any_rows = given(
 
 @pytest.mark.usefixtures("short_merge")
 @pytest.mark.parametrize("config", CONFIGS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @any_rows
 def test_mosaic_with_any_lengths_and_any_pages(config, context_lens, seed):
     check_any_lengths_and_any_pages("mosaic_gpu", config, context_lens, seed)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @any_rows
 def test_triton_with_any_lengths_and_any_pages(config, context_lens, seed):
     check_any_lengths_and_any_pages("triton", config, context_lens, seed)

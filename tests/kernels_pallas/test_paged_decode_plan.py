@@ -41,7 +41,7 @@ def visible_blocks(context_lens, window, num_heads):
             yield from ((row, head, block) for block in np.unique(keys // BLOCK))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths.map(lambda x: (x * 6)[:6]),
     st.sampled_from([None, 1, 40]),

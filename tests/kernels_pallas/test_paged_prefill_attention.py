@@ -58,7 +58,7 @@ def test_case(case):
 
 @pytest.mark.parametrize("num_tokens", [48, 90])
 @pytest.mark.parametrize("options", [{}, {"window": 11, "soft_cap": 1.5}], ids=["plain", "window"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data(), st.integers(0, 2**32 - 1))
 def test_any_chunks_and_any_pages(num_tokens, options, data, seed):
     """Chunks may share pages, and what lies past their end is whatever the page holds."""
@@ -70,7 +70,7 @@ def test_any_chunks_and_any_pages(num_tokens, options, data, seed):
     oracle.assert_matches(result, oracle.prefill(*inputs, **options))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12))
 def test_a_prompt_in_chunks_is_the_prompt_in_one(chunk_lens):
     ends = [0, *(end for end in np.cumsum(chunk_lens) if end < CAPACITY), CAPACITY]
@@ -91,7 +91,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one(chunk_lens):
         np.testing.assert_allclose(np.concatenate(got), want, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(ragged(90))
 def test_last_token_of_a_chunk_is_a_decode_step(chunks):
     q_lens, context_lens = chunks

@@ -104,7 +104,7 @@ def arrays():
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 21, "soft_cap": 1.5}], ids=["plain", "window"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(batches())
 def test_triton_any_batch(options, rows):
     inputs = (*arrays(), *rows)
@@ -113,7 +113,7 @@ def test_triton_any_batch(options, rows):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 21}], ids=["plain", "window"])
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(batches())
 def test_mosaic_any_batch(options, rows):
     inputs = (*arrays(), *rows)
@@ -192,7 +192,7 @@ def test_what_is_not_supported_is_named(implementation, heads, name):
 
 @pytest.mark.parametrize("align", [1, 8])
 @pytest.mark.parametrize("window", [None, 5])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_tiles_cover_every_token_once_and_every_key_that_it_sees(align, window, data):
     num_tokens, tile, block = 40, 16, 8

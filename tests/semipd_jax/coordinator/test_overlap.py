@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from semipd_jax.coordinator.overlap import Overlaps
@@ -37,7 +37,6 @@ def test_a_lost_step_is_no_neighbour():
 gaps = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.sampled_from([0.2, 0.5, 1.0])))
 
 
-@settings(deadline=None)
 @given(gaps, gaps)
 def test_conditions_are_those_of_the_intervals(prefill, decode):
     lanes = {"prefill": intervals(prefill), "decode": intervals(decode)}

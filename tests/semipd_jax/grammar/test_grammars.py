@@ -75,13 +75,13 @@ REGEXES = st.recursive(
 ALPHABET = "abc"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(ASCII, min_size=1, max_size=6, unique=True), data=st.data())
 def test_a_choice_is_its_texts(texts, data):
     walk(set(texts), data, choice=tuple(texts))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.text(min_size=1, max_size=8).filter(lambda t: t.isprintable()))
 def test_a_choice_may_be_any_text(text):
     """Whatever its characters mean in a grammar."""
@@ -108,7 +108,7 @@ def test_byte_fallback_spells_what_follows_a_prompt(text):
     assert tokenizer.decode(output) == "x" + text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(regex=REGEXES, data=st.data())
 def test_a_regular_expression_is_the_texts_that_match(regex, data):
     """Among texts of an alphabet; a token of others may also be right."""
@@ -140,7 +140,7 @@ JSON_VALUES = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=st.lists(JSON_VALUES, min_size=1, max_size=4), data=st.data())
 def test_an_enum_is_its_values(values, data):
     unique = {json.dumps(value): value for value in values}
@@ -157,7 +157,7 @@ def test_an_enum_is_its_values(values, data):
     assert json.loads(TOKENIZER.decode(output)) in [json.loads(text) for text in texts]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(bounds=st.tuples(st.integers(-150, 150), st.integers(0, 40)), data=st.data())
 def test_bounds_of_an_integer_are_kept(bounds, data):
     low, high = bounds[0], sum(bounds)
@@ -181,7 +181,7 @@ SCHEMA = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_random_walk_through_a_schema_is_accepted_by_it(seed):
     rng = np.random.default_rng(seed)

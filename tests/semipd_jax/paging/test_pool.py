@@ -154,5 +154,5 @@ class Pool(RuleBasedStateMachine):
             assert self.pool.num_available == self.pool._free.num_pages - 1 - len(set(held))
 
 
-Pool.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Pool.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestPoolAgainstAModel = Pool.TestCase

@@ -34,7 +34,7 @@ def openai(logits, output, presence, frequency):
     lens=st.lists(st.integers(1, 600), min_size=2, max_size=4),
     repetition=st.sampled_from([0.5, 1.0, 1.3]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_equals_transformers_and_openai(seed, lens, repetition):
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, V, n) for n in lens]

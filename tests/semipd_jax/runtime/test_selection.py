@@ -16,7 +16,7 @@ ALMOST_ONE = np.float32(1 - 2**-24)
 
 
 @given(st.sampled_from([1, 5, 64, 100, 256, 640, 1000]), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_argmax_is_the_first_largest(size, seed):
     rng = np.random.default_rng(seed)
     x = rng.integers(-3, 3, (3, size)).astype(np.float32)
@@ -28,7 +28,7 @@ def test_argmax_is_the_first_largest(size, seed):
     st.sampled_from([(5, 5), (90, 20), (640, 2), (700, 3), (4097, 20), (9000, 64)]),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_top_k_is_the_head_of_a_stable_sort(size_k, seed):
     size, k = size_k
     rng = np.random.default_rng(seed)
@@ -66,7 +66,7 @@ def test_categorical_follows_the_weights(size):
 
 
 @given(st.sampled_from([2, 90, 512, 700]), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_categorical_never_picks_weight_zero(size, seed):
     rng = np.random.default_rng(seed)
     weights = np.zeros((4, size), np.float32)

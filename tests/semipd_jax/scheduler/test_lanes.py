@@ -46,7 +46,7 @@ REQUESTS = st.lists(
 
 
 @given(lengths=REQUESTS, budget=st.integers(5, 12))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_mixed_steps_take_all_rows_and_keep_to_the_budget(lengths, budget):
     requests = [make_request(*each, seed=i) for i, each in enumerate(lengths)]
     scheduler, steps = served("chunked", requests, budget=budget)
@@ -57,7 +57,7 @@ def test_mixed_steps_take_all_rows_and_keep_to_the_budget(lengths, budget):
 
 
 @given(lengths=REQUESTS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_colocated_steps_are_of_one_phase(lengths):
     requests = [make_request(*each, seed=i) for i, each in enumerate(lengths)]
     _, steps = served("colocated", requests, budget=8)

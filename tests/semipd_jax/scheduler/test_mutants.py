@@ -27,7 +27,6 @@ class Search(Serving):
 SEARCH = settings(
     max_examples=600,
     stateful_step_count=30,
-    deadline=None,
     database=None,
     phases=[Phase.generate],
     report_multiple_bugs=False,

@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from scheduler_cases import Outcome, expected, make_request, make_scheduler, run_to_end
 from scheduler_machine import Serving
 
@@ -200,10 +200,5 @@ def test_crashes_between_steps_that_succeed_are_forgiven():
     assert outcome.tokens[0] == expected(request)[0]
 
 
-Serving.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+Serving.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestServing = Serving.TestCase

@@ -107,7 +107,7 @@ works = st.one_of(
 shares = st.floats(0.05, 1.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(works, works, shares, shares, shares, st.sampled_from(SHARINGS))
 def test_shares_act_in_the_right_direction(own, neighbour, a, b, other, sharing):
     machine = h100(sharing)
@@ -118,7 +118,7 @@ def test_shares_act_in_the_right_direction(own, neighbour, a, b, other, sharing)
     assert machine.alone_s(load, less) <= beside_s * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(works, works, st.floats(0.05, 0.5), st.floats(0.05, 0.5))
 def test_ways_of_sharing_differ_only_in_what_does_not_fit(own, neighbour, a, b):
     times = []

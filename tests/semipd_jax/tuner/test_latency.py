@@ -61,7 +61,7 @@ def test_a_step_takes_as_long_as_the_size_that_it_is_padded_to():
     assert decode_s(1) < decode_s(2) == decode_s(4) < decode_s(5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(models(), works(), shares, shares, st.one_of(st.just(0.0), shares), st.floats(0, 1))
 def test_more_share_never_predicts_slower(args, work, a, b, other, overlap):
     model = LatencyModel(*args)
@@ -71,7 +71,7 @@ def test_more_share_never_predicts_slower(args, work, a, b, other, overlap):
     assert fast <= slow * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(models(), works(), shares, shares, shares)
 def test_a_busier_neighbour_never_predicts_faster(args, work, own, a, b):
     model = LatencyModel(*args)
@@ -82,7 +82,7 @@ def test_a_busier_neighbour_never_predicts_faster(args, work, own, a, b):
     assert times[0] <= times[1] * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(models(), works(), shares, shares, st.floats(0, 1))
 def test_features_times_coefficients_is_the_prediction(args, work, own, other, overlap):
     model = LatencyModel(*args)

@@ -81,7 +81,7 @@ prompts = st.builds(prefill_work, st.integers(16, 8192))
 phases = st.sampled_from(["prefill", "decode"])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(loads, prompts, st.sampled_from(LADDER), st.floats(2, 200), st.floats(2, 200))
 def test_a_tighter_tpot_never_gives_decode_less(decode, prefill, sent, a, b):
     tight, loose = sorted((a, b))
@@ -97,7 +97,7 @@ def test_a_tighter_tpot_never_gives_decode_less(decode, prefill, sent, a, b):
     assert got[0] >= got[1]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(loads, prompts, phases, st.floats(2, 200))
 def test_decode_holds_its_target_whenever_a_pair_can(decode, prefill, phase, tpot_ms):
     predictive = Predictive(LADDERS, targets(tpot_ms=tpot_ms), model())
@@ -138,7 +138,7 @@ def test_decode_gets_more_at_once_and_less_when_it_can_spare_it():
     assert calm.shares.decode == low
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), phases, st.integers(2, 250), st.integers(100, 4000))
 def test_no_flapping_under_noise(seed, phase, rows, context):
     """Loads that jitter by 3 % around a point, wherever it lies, change shares at most twice."""
@@ -166,7 +166,7 @@ def test_kv_pressure_switches_the_objective_and_has_hysteresis():
     assert share(0.55) == relaxed
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(loads, prompts)
 def test_under_pressure_prefill_stays_near_its_best(decode, prefill):
     predictive = Predictive(LADDERS, targets(), model())
@@ -183,7 +183,7 @@ def test_the_tightest_class_that_decodes_decides():
     assert SloTargets().tightest_tpot_s({0}) == float("inf")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(loads, prompts, phases, st.floats(2, 200), st.floats(0, 1))
 def test_each_phase_moves_on_its_own_ladder(decode, prefill, phase, tpot_ms, kv_used):
     ladders = Ladders(prefill=(0.6, 1.0), decode=(0.2, 0.8, 1.0))
