@@ -22,6 +22,7 @@ CLIENTS: Final = "clients"
 """Names of the coordinator's two sockets."""
 
 _HIGH_WATER_MARK: Final = 8192
+_LINGER_MS: Final = 1000
 _MAX_IPC_PATH: Final = 100  # of 108 bytes in sockaddr_un
 
 _encoder = msgspec.msgpack.Encoder()
@@ -45,7 +46,7 @@ class Hub[Incoming, Outgoing]:
         address = endpoint(run_dir, name)
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -144,7 +145,7 @@ class Poller:
 def _dealer(context: Any, address: str, identity: str) -> Any:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
-    socket.setsockopt(zmq.LINGER, 1000)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.set_hwm(_HIGH_WATER_MARK)
     socket.connect(address)
     return socket
