@@ -325,7 +325,7 @@ def test_a_stop_string_ends_the_request(rig, tokenizer: Tokenizer, include: bool
             assert finished.reason == FinishReason.STOP
             assert finished.matched_stop == "three"
             assert finished.timings == TIMINGS
-            assert r.fake.aborted == [FinishReason.STOP]
+            await r.fake.until(lambda: r.fake.aborted == [FinishReason.STOP], stepping=False)
             kept = tokens(events)
             assert tokenizer.decode(kept).startswith("one two three")
             assert "three" not in tokenizer.decode(kept[:-1])

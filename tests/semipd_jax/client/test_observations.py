@@ -94,7 +94,7 @@ def test_every_request_ends_in_one_count(run_dir: str, tokenizer: Tokenizer):
             seen = client.observations
             async with aclosing(client.generate([5], {"max_tokens": 100})) as events:
                 first = asyncio.ensure_future(anext(events))
-                await fake.until(first.done)
+                await fake.until(first.done, stepping=False)
             assert seen.finished["abort"] == 1
             fake.fail_after = 1
             with pytest.raises(EngineError):

@@ -129,9 +129,9 @@ def test_time_per_token_does_not_grow(byte_level: Tokenizer):
     broken = BYTE_LEVEL_IDS[0x80]
 
     def seconds(token_id: int, length: int) -> float:
-        started = time.perf_counter()
+        started = time.thread_time()
         streamed(byte_level, [], [token_id] * length, True)
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
     for token_id in (broken, 0):
         short = min(seconds(token_id, 500) for _ in range(5))

@@ -33,6 +33,7 @@ def pending(step_id, tokens):
 
 
 def test_steps_in_flight_are_finished_and_answered_in_order():
+    began = time.monotonic()
     completer = Completer(CompileCounter(), "worker")
     first, second = Tokens(11), Tokens(12)
     completer.add(pending(1, first))
@@ -44,7 +45,8 @@ def test_steps_in_flight_are_finished_and_answered_in_order():
     assert [(r.worker_id, r.step_id) for r in replies] == [("worker", 1), ("worker", 2)]
     assert [np.frombuffer(r.token_ids, np.int32).tolist() for r in replies] == [[11], [12]]
     assert replies[0].device_s > 0.4
-    assert replies[1].device_s < 0.4  # it could not start before the first one ended
+    took_s = time.monotonic() - began
+    assert sum(r.device_s for r in replies) <= took_s  # the second starts when the first has ended
 
 
 def test_what_a_step_raises_reaches_the_main_thread():
@@ -63,3 +65,4 @@ def test_steps_that_do_not_end_are_not_waited_for_for_ever():
     with pytest.raises(TimeoutError, match=r"did not end within 0.05 s"):
         completer.finish(0.05)
     tokens.end.set()
+    completer.finish(60.0)  # its thread ends

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import threading
 
@@ -7,7 +8,11 @@ from semipd_jax.worker import priority
 
 
 def policies_of_threads() -> set[int]:
-    return {os.sched_getscheduler(int(t)) for t in os.listdir("/proc/self/task")}
+    policies = set[int]()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            policies.add(os.sched_getscheduler(int(thread)))
+    return policies
 
 
 @pytest.fixture
