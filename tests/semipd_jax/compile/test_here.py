@@ -1,7 +1,6 @@
 """Filling the cache by the workers themselves, and the start that follows."""
 
 import json
-import time
 
 import pytest
 from step_cases import TINY_CONFIG
@@ -22,32 +21,25 @@ OPTIONS = {
 WORKERS = {"prefill worker 1.00", "decode worker 0.50", "decode worker 1.00"}
 
 
-class Start:
-    """A start of an engine: the cache's part in it, and its longest compilation."""
+def programs_from_cache(model: str, cache: str) -> dict[str, tuple[int, int]]:
+    """By worker of an engine that starts: how many came from the cache, of how many."""
+    found: dict[str, tuple[int, int]] = {}
 
-    def __init__(self, model: str, cache: str) -> None:
-        self.cached: dict[str, tuple[int, int]] = {}
-        self.compile_s = 0.0
-        began: dict[str, float] = {}
+    def on_progress(name, progress):
+        if progress.stage == FROM_CACHE:
+            found[name] = progress.done, progress.total
 
-        def on_progress(name, progress):
-            if progress.stage == FROM_CACHE:
-                self.cached[name] = progress.done, progress.total
-            elif progress.stage == "compile" and progress.done == 0:
-                began[name] = time.monotonic()
-            elif progress.stage == "compile" and progress.done == progress.total:
-                self.compile_s = max(self.compile_s, time.monotonic() - began[name])
-
-        config = build_config(model, compile_cache_dir=cache, load_format="dummy", **OPTIONS)
-        launcher = Launcher(config, on_progress=on_progress)
-        try:
-            launcher.start()
-        finally:
-            launcher.stop()
+    config = build_config(model, compile_cache_dir=cache, load_format="dummy", **OPTIONS)
+    launcher = Launcher(config, on_progress=on_progress)
+    try:
+        launcher.start()
+    finally:
+        launcher.stop()
+    return found
 
 
 @pytest.mark.timeout(600)
-def test_a_start_after_it_compiles_nothing_and_is_faster_for_it(tmp_path, capsys):
+def test_a_start_after_it_compiles_nothing(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     flags = ["--model", str(tmp_path), "--compile-cache-dir", str(tmp_path / "filled")]
     flags += ["--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--max-model-len", "64"]
@@ -56,13 +48,14 @@ def test_a_start_after_it_compiles_nothing_and_is_faster_for_it(tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert {line.partition(":")[0] for line in lines} == WORKERS
 
-    filled, empty = (Start(str(tmp_path), str(tmp_path / name)) for name in ("filled", "empty"))
-    assert filled.cached.keys() == WORKERS
-    assert all(hits == total > 0 for hits, total in filled.cached.values())
+    filled = programs_from_cache(str(tmp_path), str(tmp_path / "filled"))
+    assert filled.keys() == WORKERS
+    assert all(hits == total > 0 for hits, total in filled.values())
+
+    empty = programs_from_cache(str(tmp_path), str(tmp_path / "empty"))
     # Both phases compile side by side, and have one small program in common.
-    prefill, *decode = (hits for _, (hits, _) in sorted(empty.cached.items(), reverse=True))
+    prefill, *decode = (hits for _, (hits, _) in sorted(empty.items(), reverse=True))
     assert prefill + min(decode) <= 1
-    assert filled.compile_s < 0.6 * empty.compile_s
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
