@@ -55,7 +55,7 @@ from semipd_jax.worker.setup import build_runner
 STEP_S = 0.01
 """A step takes this long on the engine's clock."""
 
-_MAP_TIMEOUT_S = 10.0
+_MAP_TIMEOUT_S = 60.0
 _CLIENT = "c"
 
 
