@@ -282,7 +282,7 @@ class PhaseShares(Message, frozen=True):
     """The compute of one phase.
 
     `asked` is what was chosen; `current` is that of the last step; `warm` are those with a ready
-    worker. Under the policy "static", a phase alone runs at its largest share.
+    worker. Whatever was chosen, a phase alone runs at its largest share.
     """
 
     asked: float
@@ -292,8 +292,7 @@ class PhaseShares(Message, frozen=True):
 
 
 class Choice(Message, frozen=True):
-    """The policy's latest decision, and why. Predicted seconds are those of the steps side by side;
-    `inputs` are the numbers that the choice followed from."""
+    """The policy's latest decision, and why, as `tuner.policy.Decision` has it."""
 
     age_s: float
     phase: Phase  # whose step was about to be sent
@@ -334,8 +333,8 @@ class Percentiles(Message, frozen=True):
 
 
 class RecentRequests(Message, frozen=True):
-    """Those of `SloCounts` that ended in the last `window_s`, at most the latest 1024. Times are
-    seconds, of requests that were served; None if there is nothing to tell."""
+    """Those of `SloCounts` that ended in the last `window_s`. Times are seconds, of those that were
+    served, the latest 1024 at most; None if there is nothing to tell."""
 
     window_s: float
     num_ended: int

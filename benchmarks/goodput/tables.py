@@ -7,6 +7,7 @@ from benchmarks.goodput.bootstrap import ratio_interval
 from benchmarks.goodput.results import host_ms, rates_by_seed
 from semipd_jax.config import PHASES
 from semipd_jax.simulator.report import heading, table
+from semipd_jax.tuner.semi_pd import LEAST_WINDOW
 from semipd_jax.tuner.window import WINDOW_SIZE
 
 FULL_STATIC: Final = "static:1,1"
@@ -75,7 +76,10 @@ def _still(systems: Mapping[str, Any]) -> list[str]:
 def _too_short(num_requests: int) -> str:
     if num_requests >= 2 * WINDOW_SIZE:
         return ""
-    return f"; Algorithm 1 acts after {WINDOW_SIZE} finished requests, and there are {num_requests}"
+    return (
+        f"; Algorithm 1 acts after {WINDOW_SIZE} finished requests, or {LEAST_WINDOW} once a minute "
+        f"has passed, and there are {num_requests}"
+    )
 
 
 def agreement(loads: Loads, others: Loads) -> str:

@@ -101,7 +101,8 @@ class Decision:
 
     Attributes:
       reason: a few words, the same ones for the same rule.
-      predicted_prefill_s, predicted_decode_s: of the works in the observation, if predicted.
+      predicted_prefill_s, predicted_decode_s: of the works in the observation, if predicted. By
+        semi-PD's rules a window's TTFT and TPOT instead, if it had run at these shares.
       inputs: numbers that the choice followed from, by name.
     """
 

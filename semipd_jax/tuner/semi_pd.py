@@ -16,7 +16,7 @@ already stays, and the other one is lowered instead. If both fail, or none, noth
   the share at which the window's requests were served.
 * window_size, max_step and step_size are not in the paper; the defaults are those of the authors'
   `distserve_base` branch: 400 requests and 3 steps. A step is a rung of the ladder. Where 400
-  requests take longer than `_WINDOW_S`, fewer have to do, so that a quiet hour is not one window.
+  requests take longer than `_WINDOW_S`, `LEAST_WINDOW` do, so that a quiet hour is not one window.
 * Requests that arrived before the shares changed are not counted: they ran under both.
 * Requests of a class are judged by what that class was promised, see `Window`.
 """
@@ -44,7 +44,7 @@ _A2: Final = 0.6284
 _B2: Final = 0.3818
 _POLE_MARGIN: Final = 0.05
 _MOST_LOAD: Final = 0.9
-_LEAST_WINDOW: Final = 50
+LEAST_WINDOW: Final = 50
 _WINDOW_S: Final = 60.0
 
 
@@ -104,7 +104,7 @@ class SemiPd:
         self._ladders = ladders
         self._targets = targets
         self._max_step = max_step
-        self._collector = Collector(window_size, targets, least=_LEAST_WINDOW, after_s=_WINDOW_S)
+        self._collector = Collector(window_size, targets, least=LEAST_WINDOW, after_s=_WINDOW_S)
         self._decision = Decision(start, "waiting for a window")
 
     def decide(self, observation: Observation) -> Decision:

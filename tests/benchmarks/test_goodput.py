@@ -207,7 +207,8 @@ def test_policies_that_never_acted_are_named(num_requests, hint):
     (line,) = (line for line in text.splitlines() if "no share moved" in line)
     assert "more processes: semi-pd" in line
     assert "predictive" not in line
-    assert ("acts after 400 finished requests, and there are 500" in line) == hint
+    acts = "acts after 400 finished requests, or 50 once a minute has passed"
+    assert (f"{acts}, and there are 500" in line) == hint
 
 
 # ------------------------------------------------------------ static pairs
