@@ -77,8 +77,8 @@ def _too_short(num_requests: int) -> str:
     if num_requests >= 2 * WINDOW_SIZE:
         return ""
     return (
-        f"; Algorithm 1 acts after {WINDOW_SIZE} finished requests, or {LEAST_WINDOW} once a minute "
-        f"has passed, and there are {num_requests}"
+        f"; Algorithm 1 acts after {WINDOW_SIZE} finished requests, or {LEAST_WINDOW} once a "
+        f"minute has passed, and there are {num_requests}"
     )
 
 
