@@ -40,7 +40,7 @@ def prompt_from(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
     if kind == "text":
         return request.text
     if kind == "chat":
-        return [{"role": m.role, "content": m.content} for m in request.chat.messages]
+        return [_chat_message_from(message) for message in request.chat.messages]
     if kind == "token_ids" and isinstance(request, pb.GenerateRequest):
         return tuple(request.token_ids.ids)
     allowed = [f.name for f in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
@@ -50,13 +50,31 @@ def prompt_from(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
 
 
 def prompt_fields(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the field of a request that takes it."""
+    """A prompt as the field of a request that takes it.
+
+    Raises:
+      InvalidRequestError: a message of a conversation has a field that does not exist, or that is
+        no text.
+    """
     if isinstance(prompt, str):
         return {"text": prompt}
     if len(prompt) and isinstance(prompt[0], Mapping):
-        messages = [pb.ChatMessage(**cast(ChatMessage, message)) for message in prompt]
+        messages = map(_chat_message, cast(Sequence[ChatMessage], prompt))
         return {"chat": pb.ChatMessages(messages=messages)}
     return {"token_ids": pb.TokenIds(ids=cast(Sequence[int], prompt))}
+
+
+def _chat_message_from(message: pb.ChatMessage) -> ChatMessage:
+    written = {"role": message.role, "content": message.content}
+    return written | {"name": message.name} if message.HasField("name") else written
+
+
+def _chat_message(message: ChatMessage) -> pb.ChatMessage:
+    try:
+        return pb.ChatMessage(**message)
+    except (TypeError, ValueError) as error:
+        text = f"a message is {message!r:.80}: {error}"
+        raise InvalidRequestError(text, field="chat") from error
 
 
 def sampling_from(sampling: pb.SamplingParams) -> dict[str, Any]:

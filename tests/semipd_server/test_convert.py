@@ -1,7 +1,9 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
+from semipd_jax.client import Prompt
 from semipd_jax.errors import InvalidRequestError
 from semipd_jax.request import (
     Delta,
@@ -14,7 +16,14 @@ from semipd_jax.request import (
     TokenLogprob,
     Usage,
 )
-from semipd_server.convert import event_from, event_message, sampling_from, sampling_message
+from semipd_server.convert import (
+    event_from,
+    event_message,
+    prompt_fields,
+    prompt_from,
+    sampling_from,
+    sampling_message,
+)
 from semipd_server.pb import inference_pb2 as pb
 
 EVENTS = [
@@ -32,6 +41,30 @@ EVENTS = [
 def test_events_come_through_unchanged(event: Event):
     message = event_message(event, "id")
     assert event_from(pb.GenerateResponse.FromString(message.SerializeToString())) == event
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "日本",
+        (5, 6),
+        [
+            {"role": "user", "content": "Hi", "name": "Ann"},
+            {"role": "user", "content": "", "name": ""},
+            {"role": "assistant", "content": "Hi, Ann"},
+        ],
+    ],
+)
+def test_prompts_come_through_unchanged(prompt: Prompt):
+    message = pb.GenerateRequest(**prompt_fields(prompt))
+    assert prompt_from(pb.GenerateRequest.FromString(message.SerializeToString())) == prompt
+
+
+@pytest.mark.parametrize("field", [{"tool": "b"}, {"name": 5}])
+def test_what_no_message_may_have_is_refused(field: dict[str, Any]):
+    with pytest.raises(InvalidRequestError, match="a message is") as error:
+        prompt_fields([{"role": "user", "content": "a"} | field])
+    assert error.value.field == "chat"
 
 
 def test_started_carries_the_request_id():
