@@ -1,18 +1,18 @@
 """Counts of gRPC calls by method and status, and a limit of those that run."""
 
 import asyncio
-import inspect
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Set
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import grpc
 
 from semipd_jax.errors import OverloadedError
-from semipd_server.status import refused
+from semipd_server.handlers import Context, wrapped
+from semipd_server.status import abort_with, refused
 
-_KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 _FULL: Final = "too many calls are running; try again"
 _UNKNOWN: Final = "unknown"  # a name that a client made up is no label
 
@@ -29,10 +29,26 @@ class Calls:
         self.ended: Counter[tuple[str, str]] = Counter()
         self.num_running = 0
 
-    @contextmanager
-    def counted(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]", weight: int):
-        """Around one call."""
-        self.num_running += weight
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Has every call counted when it ends. Goes before the interceptors that refuse."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: Any,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            self._calls.ended[_UNKNOWN, grpc.StatusCode.UNIMPLEMENTED.name] += 1
+            return None
+        return wrapped(handler, partial(self._counted, handler_call_details.method))
+
+    @asynccontextmanager
+    async def _counted(self, method: str, context: Context) -> AsyncGenerator[None]:
         status = grpc.StatusCode.INTERNAL
         try:
             yield
@@ -46,15 +62,15 @@ class Calls:
             status = _status(context, grpc.StatusCode.INTERNAL)
             raise
         finally:
-            self.num_running -= weight
-            self.ended[method, status.name] += 1
+            self._calls.ended[method, status.name] += 1
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Has every call counted, and refuses new ones while `max_running` run. Goes before the
-    interceptors that refuse.
+class LimitInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls while `max_running` run. Goes after every other interceptor: what they refuse
+    takes no place.
 
-    A call runs from when its message is there until its servicer is done with it. gRPC's own limit
+    A call runs from when its message is there until its servicer is done with it, and one that
+    finds no place then is refused, too: many may have begun while there was one. gRPC's own limit
     also counts calls whose client never ends its message or never reads its answers: a few such
     clients would lock all others out.
 
@@ -73,44 +89,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: Any,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None:
-            self._calls.ended[_UNKNOWN, grpc.StatusCode.UNIMPLEMENTED.name] += 1
-            return None
-        if self._calls.num_running >= self._max_running and method not in self._apart:
-            handler = refused(OverloadedError(_FULL))
-        kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
-        count = self._stream if handler.response_streaming else self._unary
-        return handler._replace(**{kind: count(method, getattr(handler, kind))})
+        if handler is None or handler_call_details.method in self._apart:
+            return handler
+        if self._is_full:
+            return refused(OverloadedError(_FULL))
+        return wrapped(handler, self._place)
 
-    def _counted(self, method: str, context: "grpc.aio.ServicerContext[Any, Any]"):
-        return self._calls.counted(method, context, weight=0 if method in self._apart else 1)
+    @property
+    def _is_full(self) -> bool:
+        return self._calls.num_running >= self._max_running
 
-    def _unary(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Any:
-        async def call(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-            with self._counted(method, context):
-                return await inner(request, context)
-
-        return call
-
-    def _stream(self, method: str, inner: Callable[..., Any]) -> Any:
-        async def write(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-            with self._counted(method, context):
-                await inner(request, context)
-
-        async def produce(
-            request: Any, context: "grpc.aio.ServicerContext[Any, Any]"
-        ) -> AsyncGenerator[Any]:
-            with self._counted(method, context):
-                async for response in inner(request, context):
-                    yield response
-
-        return produce if inspect.isasyncgenfunction(inner) else write
+    @asynccontextmanager
+    async def _place(self, context: Context) -> AsyncGenerator[None]:
+        if self._is_full:
+            await abort_with(context, OverloadedError(_FULL))
+        self._calls.num_running += 1
+        try:
+            yield
+        finally:
+            self._calls.num_running -= 1
 
 
-def _status(
-    context: "grpc.aio.ServicerContext[Any, Any]", otherwise: grpc.StatusCode
-) -> grpc.StatusCode:
+def _status(context: Context, otherwise: grpc.StatusCode) -> grpc.StatusCode:
     """The status that was set, if one was."""
     code = context.code()
     return code if isinstance(code, grpc.StatusCode) else otherwise

@@ -9,6 +9,8 @@ BODY_S: Final = 60.0
 """For the rest of a request."""
 NEXT_S: Final = 30.0
 """For the next request of a stream of them."""
+IDLE_S: Final = 120.0
+"""For the next call of a gRPC connection."""
 READ_S: Final = 60.0
 """For a client to read what it was sent."""
 PROBE_AFTER_S: Final = 60

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from semipd_server import patience
-from semipd_server.malformed import DAMAGED
+from semipd_server.messages import DAMAGED
 from semipd_server.open_calls import OpenCalls
 from semipd_server.servicer import Context, send
 from semipd_server.status import abort_with

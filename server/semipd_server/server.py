@@ -8,12 +8,12 @@ from semipd_jax.client.prompt import MAX_BYTES_PER_TOKEN
 from semipd_jax.errors import StartupError
 from semipd_server import control, health, patience, reflection
 from semipd_server.auth import AuthInterceptor, Keys
-from semipd_server.calls import CallInterceptor
+from semipd_server.calls import CallInterceptor, LimitInterceptor
 from semipd_server.certificates import server_credentials
 from semipd_server.control import ControlServicer
 from semipd_server.gate import Gate
 from semipd_server.health import HealthServicer
-from semipd_server.malformed import MessageInterceptor
+from semipd_server.messages import MessageInterceptor
 from semipd_server.pb import control_pb2_grpc as control_grpc
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
@@ -46,9 +46,10 @@ class Server:
         self._settings = settings
         self._server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(gate.calls, max_rpcs, {*health.METHODS, reflection.METHOD}),
+                CallInterceptor(gate.calls),
                 AuthInterceptor(Keys(settings.api_keys)),
                 MessageInterceptor(),
+                LimitInterceptor(gate.calls, max_rpcs, {*health.METHODS, reflection.METHOD}),
             ],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes(max_model_len)),
@@ -62,6 +63,8 @@ class Server:
                 ("grpc.keepalive_timeout_ms", _MS * patience.PROBE_ANSWER_S),
                 ("grpc.http2.ping_timeout_ms", _MS * patience.PROBE_ANSWER_S),
                 ("grpc.server_handshake_timeout_ms", int(_MS * patience.FIRST_WORD_S)),
+                # Who has nothing to ask gives its place back, and connects again when it has.
+                ("grpc.max_connection_idle_ms", int(_MS * patience.IDLE_S)),
                 # Far above what is served, so that clients are refused rather than kept waiting.
                 ("grpc.max_allowed_incoming_connections", 2 * max_rpcs),
                 ("grpc.max_concurrent_streams", 2 * max_rpcs),

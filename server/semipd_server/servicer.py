@@ -16,13 +16,12 @@ from semipd_server.auth import HOLDER
 from semipd_server.callers import set_grpc_caller
 from semipd_server.convert import event_message, field_path, prompt_from, sampling_from
 from semipd_server.gate import Gate
+from semipd_server.handlers import Context
 from semipd_server.limits import MAX_ENTRIES, check_entries
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
-from semipd_server.status import abort_with
+from semipd_server.status import abort_with, end
 from semipd_server.trace_context import set_trace_context
-
-type Context = grpc.aio.ServicerContext[Any, Any]
 
 _REQUEST_ID_KEY: Final = "x-request-id"
 
@@ -78,20 +77,8 @@ async def send(context: Context, message: Message) -> None:
     except TimeoutError as error:
         text = f"nothing was read for {patience.READ_S:.0f} s"
         _log.warning("a call is given up: %s", text)
-        status = asyncio.ensure_future(context.abort(grpc.StatusCode.ABORTED, text))
-        _last_words.add(status)
-        status.add_done_callback(_said)
+        end(context, grpc.StatusCode.ABORTED, text)
         raise asyncio.CancelledError from error
-
-
-_last_words: Final[set[asyncio.Future[Any]]] = set()  # the event loop itself keeps no hold of them
-
-
-def _said(status: asyncio.Future[Any]) -> None:
-    """`abort` always raises; by then nobody cares."""
-    _last_words.discard(status)
-    if not status.cancelled():
-        status.exception()
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):

@@ -1,5 +1,6 @@
 """Errors as gRPC statuses, and back: the table of the contract, in one place."""
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
@@ -61,6 +62,31 @@ async def abort_with(
     if isinstance(error, OverloadedError):
         metadata.append(("grpc-retry-pushback-ms", str(1000 * _RETRY_AFTER_S)))
     await context.abort(status.code, status.details, tuple(metadata))
+
+
+def end(context: "grpc.aio.ServicerContext[Any, Any]", code: grpc.StatusCode, text: str) -> None:
+    """Ends a call at once, whatever its task waits for: what that wants of gRPC from now on raises.
+    The status comes after what the client has not read, should it ever read on."""
+    loop = asyncio.get_running_loop()
+    status = asyncio.Task(_abort(context, code, text), loop=loop, eager_start=True)
+    _last_words.add(status)
+    status.add_done_callback(_said)
+
+
+async def _abort(
+    context: "grpc.aio.ServicerContext[Any, Any]", code: grpc.StatusCode, text: str
+) -> NoReturn:
+    await context.abort(code, text)
+
+
+_last_words: Final[set[asyncio.Task[Any]]] = set()  # the event loop itself keeps no hold of them
+
+
+def _said(status: asyncio.Task[Any]) -> None:
+    """`abort` always raises; by then nobody cares."""
+    _last_words.discard(status)
+    if not status.cancelled():
+        status.exception()
 
 
 def refusal(code: grpc.StatusCode, text: str) -> Any:

@@ -26,6 +26,7 @@ from starlette.routing import Route
 from semipd_server import cli
 from semipd_server.auth import Keys
 from semipd_server.client import AsyncClient
+from semipd_server.pb import inference_pb2 as pb
 from semipd_server.settings import KEY_VARIABLE, Settings
 
 KEYS = ("first-key", "second-key")
@@ -137,6 +138,21 @@ def test_who_has_no_key_is_refused_before_its_message_is_read(start: Start):
         async with start(settings=LOCKED) as rig:
             call = rig.channel.stream_stream("/semipd.v1.InferenceService/Generate")()
             assert await asyncio.wait_for(call.code(), 60) is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(main())
+
+
+def test_who_has_no_key_is_not_told_how_busy_the_server_is(start: Start):
+    async def main():
+        async with start(settings=LOCKED, max_calls=1) as rig:
+            metadata = _authorization("Bearer first-key").items()
+            running = rig.stub.Generate(pb.GenerateRequest(text="Hi"), metadata=metadata)
+            await rig.fake.until(lambda: len(rig.fake.submitted) == 1, stepping=False)
+            method = "/semipd.v1.InferenceService/GetModelInfo"
+            full = grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await code_of(rig, method, "Bearer second-key") is full
+            assert await code_of(rig, method, None) is grpc.StatusCode.UNAUTHENTICATED
+            running.cancel()
 
     asyncio.run(main())
 

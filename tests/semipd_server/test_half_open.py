@@ -2,8 +2,10 @@
 
 import asyncio
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
+from itertools import batched
 from typing import Any
 
 import grpc
@@ -207,6 +209,75 @@ def _until_closed(client: socket.socket) -> bool:
         while client.recv(1 << 16):
             pass
     return True
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2."""
+    return struct.pack(">BHBBL", 0, len(payload), kind, flags, stream) + payload
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+
+
+def beginning_of_a_call(message: bytes) -> bytes:
+    """What a client sends until it stops in the middle of its message."""
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": GENERATE,
+        ":authority": "localhost",
+        "content-type": "application/grpc",
+        "te": "trailers",
+    }
+    fields = [text.encode() for pair in headers.items() for text in pair]
+    literals = [bytes((len(field),)) + field for field in fields]
+    packed = b"".join(b"\0" + name + value for name, value in batched(literals, 2))
+    return (
+        PREFACE
+        + frame(1, 4, 1, packed)
+        + frame(0, 0, 1, struct.pack(">BL", 0, len(message) + 1) + message)
+    )
+
+
+def test_a_message_that_never_ends_ends_its_call(start: Start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patience, "PROBE_ANSWER_S", 600)  # which would end it, too
+    monkeypatch.setattr(patience, "BODY_S", 2.0)
+
+    async def main():
+        async with start() as rig:
+            with connect(rig.address) as client:
+                client.sendall(beginning_of_a_call(b"\x0a\x02H"))
+                silent = rig.channel.stream_stream(GENERATE)()
+                with pytest.raises(grpc.aio.AioRpcError, match="longer than 2 s") as raised:
+                    await asyncio.wait_for(silent.read(), 30)
+                assert raised.value.code() is grpc.StatusCode.ABORTED
+                ended = rig.front_end.gate.calls.ended
+                await rig.fake.until(lambda: ended[GENERATE, "ABORTED"] == 2, stepping=False)
+            monkeypatch.setattr(patience, "BODY_S", 60.0)
+            assert await still_serves(rig)
+
+    asyncio.run(main())
+
+
+def test_an_idle_grpc_connection_is_closed_and_its_client_connects_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(patience, "PROBE_ANSWER_S", 600)
+    monkeypatch.setattr(patience, "IDLE_S", 1.0)
+
+    async def main():
+        async with start() as rig:
+            assert await rig.stub.GetModelInfo(pb.GetModelInfoRequest())
+            async with asyncio.timeout(30):
+                while (state := rig.channel.get_state()) is grpc.ChannelConnectivity.READY:
+                    await rig.channel.wait_for_state_change(state)
+            assert await rig.stub.GetModelInfo(pb.GetModelInfoRequest())
+            with connect(rig.address) as client:
+                client.sendall(PREFACE)
+                assert await asyncio.to_thread(_until_closed, client)
+            assert await still_serves(rig)
+
+    asyncio.run(main())
 
 
 def test_grpc_connections_have_a_bound(start: Start, monkeypatch: pytest.MonkeyPatch):

@@ -218,3 +218,44 @@ def test_calls_beyond_the_limit_are_refused(start: Start):
                 call.cancel()
 
     asyncio.run(main())
+
+
+def test_calls_that_began_while_there_was_room_are_refused_when_there_is_none(start: Start):
+    async def main():
+        async with start(max_calls=2) as rig:
+            generate = rig.channel.stream_stream("/semipd.v1.InferenceService/Generate")
+            calls = [generate() for _ in range(3)]
+            for call in calls:
+                await call.wait_for_connection()
+            assert await rig.stub.GetModelInfo(pb.GetModelInfoRequest())  # by now they have begun
+            message = request(sampling={"max_tokens": 60, "ignore_eos": True}).SerializeToString()
+            for call in calls:
+                await call.write(message)
+                await call.done_writing()
+            endings = [asyncio.ensure_future(call.code()) for call in calls]
+            await rig.fake.until(
+                lambda: len(rig.fake.submitted) + sum(e.done() for e in endings) == len(calls),
+                stepping=False,
+            )
+            assert len(rig.fake.submitted) == 2
+            for call, ending in zip(calls, endings, strict=True):
+                if ending.done():
+                    with pytest.raises(grpc.aio.AioRpcError) as raised:
+                        await call.read()
+                    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                    assert_has_delay(raised.value)
+                call.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("method", ["Generate", "GetModelInfo"])
+def test_a_call_without_a_message_is_its_clients_fault(start: Start, method: str):
+    async def main():
+        async with start() as rig:
+            call = rig.channel.stream_stream(f"/semipd.v1.InferenceService/{method}")()
+            await call.done_writing()
+            assert await asyncio.wait_for(call.code(), 60) is grpc.StatusCode.INVALID_ARGUMENT
+            assert await call.details() == "there is no message; allowed: one"
+
+    asyncio.run(main())
