@@ -107,7 +107,7 @@ class Abuse:
         await self._hold(b"", _SOCKETS)
 
     async def half_a_request(self) -> None:
-        await self._hold(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n", _SOCKETS)
+        await self._hold(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n", _SOCKETS)
 
     async def too_long(self) -> None:
         async with httpx2.AsyncClient(base_url=self.url, timeout=30) as client:
@@ -151,7 +151,7 @@ class Abuse:
 
 def _long_stream() -> bytes:
     body = b'{"prompt": [5], "n": 16, "max_tokens": 200, "logprobs": 20, "stream": true}'
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     return (head + "content-type: application/json\r\n\r\n").encode() + body
 
 

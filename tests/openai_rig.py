@@ -49,7 +49,7 @@ def http_bytes(path: str, body: dict[str, Any]) -> bytes:
     text = json.dumps(body)
     lines = (
         f"POST {path} HTTP/1.1",
-        "host: x",
+        "host: localhost",
         "content-type: application/json",
         f"content-length: {len(text)}",
     )

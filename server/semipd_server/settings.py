@@ -152,8 +152,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def is_exposed(self) -> bool:
         """Whether others than this machine's users can connect, without a key or a certificate."""
-        is_local = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        return not is_local and not self.api_keys and self.ssl_ca_certs is None
+        return not self.is_local and not self.api_keys and self.ssl_ca_certs is None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine's users can connect."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     @property
     def bounds(self) -> Bounds:

@@ -45,17 +45,23 @@ from semipd_server.openai.schema import (
 from semipd_server.openai.tokens import TokenTexts
 
 HEALTH: Final = "/health"
+_HELD_BYTES: Final = 256 << 20
+_HELD_BODIES: Final = 8
+"""Of bodies that are being read, all together: at least so many bytes, or longest ones."""
 _BYTES_PER_BRACKET: Final = 16  # at least, of the longest body
 
 type Handler = Callable[[Request], Awaitable[ASGIApp]]
 type Prepare[R] = Callable[[Engine, TokenTexts, R], Awaitable[Answer]]
 
 
-def build_app(gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int) -> ASGIApp:
+def build_app(
+    gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int, own_names_only: bool
+) -> ASGIApp:
     """All routes, behind the door.
 
     Args:
       max_body_bytes: longer bodies are refused.
+      own_names_only: see `Door`.
     """
     routes = Routes(gate, metrics, max_body_bytes)
     table: list[tuple[str, str, Handler]] = [
@@ -75,7 +81,7 @@ def build_app(gate: Gate, metrics: Metrics, keys: Keys, *, max_body_bytes: int) 
         routes=[Route(path, _safe(handler), methods=[verb]) for verb, path, handler in table],
         exception_handlers={HTTPException: _refused_by_router},
     )
-    return Door(app, gate, keys)
+    return Door(app, gate, keys, own_names_only=own_names_only)
 
 
 class Routes:
@@ -87,6 +93,8 @@ class Routes:
         self._live = LiveView(gate)
         self._dashboard = load_dashboard()
         self._max_body_bytes = max_body_bytes
+        self._max_held_bytes = max(_HELD_BYTES, _HELD_BODIES * max_body_bytes)
+        self._num_held_bytes = 0  # of bodies that are being read
         self._created = int(time.time())
         self._texts: TokenTexts | None = None
 
@@ -181,12 +189,17 @@ class Routes:
         try:
             async with asyncio.timeout(patience.BODY_S):
                 async for piece in request.stream():
+                    self._num_held_bytes += len(piece)
                     body += piece
                     if len(body) > self._max_body_bytes:
                         limit = self._max_body_bytes
                         raise ApiError(413, f"the body is too long; allowed: {limit} bytes")
+                    if self._num_held_bytes > self._max_held_bytes:
+                        raise ApiError(429, "too many bodies are being read; try again")
         except TimeoutError as error:
             raise ApiError(408, f"the body took longer than {patience.BODY_S:.0f} s") from error
+        finally:
+            self._num_held_bytes -= len(body)
         return parse(bytes(body), kind, max_brackets=self._max_body_bytes // _BYTES_PER_BRACKET)
 
     def _engine_for(self, model: str) -> Engine:

@@ -47,6 +47,13 @@ class Places[C: Occupant]:
             if not held:
                 del self._by_host[one.host]
 
+    def clear(self) -> None:
+        """Closes all that have a place."""
+        for held in list(self._by_host.values()):
+            for one in list(held):
+                self.leave(one)
+                one.close()
+
     def _make_room(self, host: str) -> bool:
         num_own = len(self._by_host.get(host, ()))
         for held in sorted(self._by_host.values(), key=len, reverse=True):

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, cast
 
@@ -16,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from semipd_jax.errors import StartupError
 from semipd_server import patience
 from semipd_server.auth import Keys
+from semipd_server.callers import one_host
 from semipd_server.certificates import ssl_context
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
@@ -24,6 +26,7 @@ from semipd_server.openai.door import OPEN_PATHS
 from semipd_server.openai.errors import ApiError, bad_request
 from semipd_server.openai.places import Places
 from semipd_server.openai.reply import Reply
+from semipd_server.openai.tls_opening import TlsOpening
 from semipd_server.settings import Settings
 
 _KEEP_ALIVE_S: Final = 75
@@ -35,7 +38,14 @@ def http_server(
 ) -> "HttpServer":
     """All routes, as the settings say."""
     metrics = Metrics(gate, settings.metrics_prefix)
-    app = build_app(gate, metrics, Keys(settings.api_keys), max_body_bytes=max_body_bytes)
+    keys = Keys(settings.api_keys)
+    app = build_app(
+        gate,
+        metrics,
+        keys,
+        max_body_bytes=max_body_bytes,
+        own_names_only=settings.is_local and not settings.api_keys and not settings.uses_tls,
+    )
     return HttpServer(app, settings, max_connections=max_connections)
 
 
@@ -44,15 +54,19 @@ class HttpServer:
 
     Args:
       max_connections: at a time, shared fairly between hosts. As many more are told that there are
-        too many, and how the server is.
+        too many, and how the server is. With TLS, as many again may be shaking hands.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, *, max_connections: int) -> None:
         self._settings = settings
         served, refused = (Places[_Connection](max_connections) for _ in range(2))
+        self._opening = Places[TlsOpening](max_connections)
+        connection = partial(_Connection, served, refused)
+        if settings.uses_tls:
+            connection = partial(_opening, ssl_context(settings), self._opening, connection)
         config = uvicorn.Config(
             app,
-            http=cast(type[asyncio.Protocol], partial(_Connection, served, refused)),
+            http=cast(type[asyncio.Protocol], connection),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -62,7 +76,6 @@ class HttpServer:
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_FLUSH_S,
-            ssl_context_factory=(lambda *_: ssl_context(settings)) if settings.uses_tls else None,
         )
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
@@ -95,9 +108,20 @@ class HttpServer:
     async def stop(self) -> None:
         """Ends every request that its engine has not ended already."""
         self._server.should_exit = True
+        self._opening.clear()
         if self._serving is not None:
             await self._serving
             self._serving = None
+
+
+def _opening(
+    context: ssl.SSLContext,
+    places: Places[TlsOpening],
+    connection: Callable[..., asyncio.Protocol],
+    **kwargs: Any,
+) -> TlsOpening:
+    """What uvicorn takes for a protocol of HTTP."""
+    return TlsOpening(context, places, partial(connection, **kwargs))
 
 
 class _Server(uvicorn.Server):
@@ -147,13 +171,19 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.host = self.client[0] if self.client else ""
+        self.host = one_host(self.client[0]) if self.client else ""
         if not self._served.take(self):
             self.app = _open_paths_only(self.app)
             if not self._refused.take(self):
                 transport.abort()
                 return
         self._due = self.loop.call_later(patience.FIRST_WORD_S, transport.abort)
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        except h11.LocalProtocolError:  # what its client has sent was no HTTP
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._served.leave(self)

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import inspect
 import json
 import logging
 import socket
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx2
 import pytest
 from openai_rig import http_bytes, openai_client, request, while_serving
@@ -17,7 +19,9 @@ from tiny_tokenizers import save_byte_level
 from semipd_jax.request import FinishReason
 from semipd_jax.text.tokenizer import load_tokenizer
 from semipd_server import patience
+from semipd_server.openai import app as app_module
 from semipd_server.openai import reply as reply_module
+from semipd_server.settings import Settings
 
 
 def connections(rig: Rig) -> set[Any]:
@@ -57,7 +61,7 @@ async def still_serves(rig: Rig) -> bool:
     return (await request(rig, "POST", "/v1/completions", json=body)).status_code == 200
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"])
 def test_a_connection_without_a_request_is_closed(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ):
@@ -83,7 +87,7 @@ def test_headers_that_never_end_close_the_connection_of_an_earlier_request(
         async with start() as rig:
             with connect(rig) as client, monkeypatch.context() as patch:
                 for _ in range(2):  # such connections serve on while their client is quick
-                    client.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+                    client.send(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
                     await until_received(client, b"}")
                 patch.setattr(patience, "FIRST_WORD_S", 0.5)
                 client.send(b"GET /version HTTP/1.1\r\n")
@@ -208,7 +212,9 @@ def test_what_is_no_http_ends_the_connection(start: Start, sent: bytes):
 def test_nothing_that_a_client_sends_is_a_line_of_the_log(
     start: Start, caplog: pytest.LogCaptureFixture
 ):
-    upgrade = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
+    upgrade = (
+        b"GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
+    )
 
     async def main():
         async with start() as rig:
@@ -270,7 +276,7 @@ def test_more_connections_than_allowed_are_told_so_and_how_the_server_is(start: 
             for client in busy:
                 ended = asyncio.ensure_future(until_received(client, b"[DONE]"))
                 await rig.fake.until(ended.done)
-                client.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+                client.send(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 assert b"200 OK" in await until_received(client, b'"}')
 
     asyncio.run(main())
@@ -301,6 +307,112 @@ def test_one_host_cannot_keep_others_out_with_connections_that_it_does_not_use(
             ended = asyncio.ensure_future(until_received(busy, b"[DONE]"))
             await rig.fake.until(ended.done)
             assert await still_serves(rig)  # this host, too
+
+    asyncio.run(main())
+
+
+def test_all_addresses_of_an_ipv6_network_are_one_host(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    addresses = iter(["2001:db8::1", "2001:db8::2:2"])
+    peer = "uvicorn.protocols.http.h11_impl.get_remote_addr"
+    monkeypatch.setattr(peer, lambda _: (next(addresses), 1))
+
+    async def main():
+        async with start() as rig:
+            with connect(rig), connect(rig):
+                await until_connected(rig, 2)
+                assert len({connection.host for connection in connections(rig)}) == 1
+
+    asyncio.run(main())
+
+
+def test_bodies_that_are_being_read_have_a_bound_in_sum(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app_module, "_HELD_BYTES", 5000)
+    monkeypatch.setattr(app_module, "_HELD_BODIES", 0)
+    whole = http_bytes("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "user": "x" * 3000})
+
+    async def main():
+        async with start() as rig, contextlib.AsyncExitStack() as stack:
+            slow, late = (stack.enter_context(connect(rig)) for _ in range(2))
+            slow.send(whole[:-3])
+            await until_held(rig, 2900)
+            late.send(whole)
+            answer = await until_received(late, b"}}")
+            assert answer.startswith(b"HTTP/1.1 429")
+            for piece in (whole[-3:], whole, whole):
+                slow.send(piece)
+                answered = asyncio.ensure_future(until_received(slow, b'"usage"'))
+                await rig.fake.until(answered.done)
+                assert answered.result().startswith(b"HTTP/1.1 200")
+
+    asyncio.run(main())
+
+
+async def until_held(rig: Rig, number: int) -> None:
+    """Bytes of bodies that are being read."""
+    route = rig.front_end._http._server.config.app._app.routes[0]  # pyright: ignore
+    routes = inspect.getclosurevars(route.endpoint).nonlocals["handler"].__self__
+    async with asyncio.timeout(60):
+        while routes._num_held_bytes < number:
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        ("localhost:8000", True),
+        ("LOCALHOST", True),
+        ("127.0.0.1:8000", True),
+        ("127.1.2.3", True),
+        ("[::1]:8000", True),
+        ("rebound.example", False),
+        ("rebound.example:8000", False),
+        ("localhost.example", False),
+        ("127.0.0.1.example", False),
+        ("", False),
+    ],
+)
+def test_a_web_page_that_gives_its_name_to_this_machine_is_told_nothing(
+    start: Start, host: str, is_ours: bool
+):
+    async def main():
+        async with start() as rig:
+            headers = {"host": host}
+            for path in ("/v1/models", "/dashboard.json", "/metrics"):
+                reply = await request(rig, "GET", path, headers=headers)
+                assert reply.status_code == (200 if is_ours else 403)
+            body = {"prompt": "Hi", "max_tokens": 1}
+            reply = await request(rig, "POST", "/v1/completions", json=body, headers=headers)
+            assert reply.status_code == (200 if is_ours else 403)
+            assert (await request(rig, "GET", "/health", headers=headers)).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_who_has_a_key_may_use_any_name(start: Start):
+    async def main():
+        async with start(settings=Settings(port=0, http_port=0, api_keys=("key",))) as rig:
+            headers = {"host": "rebound.example", "authorization": "Bearer key"}
+            reply = await request(rig, "GET", "/v1/models", headers=headers)
+            assert reply.status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_is_no_http_any_more_can_be_shut_down(start: Start):
+    async def main():
+        async with start() as rig:
+            with connect(rig) as client:
+                client.send(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                await until_received(client, b"}")
+                [connection] = connections(rig)
+                with pytest.raises(h11.LocalProtocolError):
+                    connection.conn.send(h11.Data(data=b"x"))
+                connection.shutdown()
+                assert await until_closed(client) == b""
 
     asyncio.run(main())
 
