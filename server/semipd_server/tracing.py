@@ -16,7 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from semipd_jax.client import EngineClient, Prompt
 from semipd_jax.errors import EngineError
-from semipd_jax.request import Delta, Event, Finished, SamplingParams, Started
+from semipd_jax.request import Delta, Event, Finished, Request, SamplingParams, Started
 from semipd_server.trace_context import TRACE_CONTEXT
 
 _SHUTDOWN_MS: Final = 5_000
@@ -61,6 +61,21 @@ class TracedClient(EngineClient):
         self, prompt: Prompt, sampling: SamplingParams | Mapping[str, Any], **options: Any
     ) -> AsyncGenerator[Event]:
         """See `EngineClient.generate`."""
+        async with aclosing(
+            self._recorded(super().generate(prompt, sampling, **options))
+        ) as events:
+            async for event in events:
+                yield event
+
+    async def run(
+        self, request: Request, request_id: str, seed: int | None = None
+    ) -> AsyncGenerator[Event]:
+        """See `EngineClient.run`."""
+        async with aclosing(self._recorded(super().run(request, request_id, seed))) as events:
+            async for event in events:
+                yield event
+
+    async def _recorded(self, generation: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
         parent = TraceContextTextMapPropagator().extract(TRACE_CONTEXT.get({}))
         attributes = {"gen_ai.system": "semipd", "gen_ai.request.model": self.model.name}
         span = self._tracer.start_span(
@@ -68,7 +83,7 @@ class TracedClient(EngineClient):
         )
         started_ns, is_first = time.time_ns(), True
         try:
-            async with aclosing(super().generate(prompt, sampling, **options)) as events:
+            async with aclosing(generation) as events:
                 async for event in events:
                     if isinstance(event, Delta) and is_first:
                         is_first = False
