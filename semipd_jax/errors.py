@@ -7,7 +7,7 @@ EngineError
 ├── OverloadedError         the waiting queue is full; the client may retry later
 ├── UnavailableError        the engine is starting, draining or stopped; nothing was generated
 ├── RequestFailedError      the engine gave up on a request that had started
-├── RequestTimeoutError     a request took longer than the server allows
+├── RequestTimeoutError     a request took longer than the server allows; a TimeoutError, too
 ├── StartupError            the engine cannot start
 │   └── CheckpointError     the model directory is unsupported, incomplete or unsafe
 └── ConfigError             a flag or config value is wrong; a ValueError, too
@@ -52,7 +52,7 @@ class RequestFailedError(EngineError):
     """The engine gave up on a request after it had started."""
 
 
-class RequestTimeoutError(EngineError):
+class RequestTimeoutError(EngineError, TimeoutError):
     """The request took longer, in the queue or while it ran, than the server allows."""
 
 

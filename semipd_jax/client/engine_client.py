@@ -110,7 +110,7 @@ class EngineClient:
         self._numbers = itertools.count(1)  # of requests and queries on the link
         self._streams: dict[int, Stream] = {}
         self._turns = Turns()
-        self._handles: dict[str, int] = {}
+        self._handles: dict[tuple[str, ...], int] = {}  # by `_name`
         self._queries: dict[int, asyncio.Future[Any]] = {}
         self._link: AsyncLink[FromCoordinator, ToCoordinator] | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -246,12 +246,12 @@ class EngineClient:
                     return
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its stream ends with reason ABORT.
+        """Ends a request of the caller's key; its stream ends with reason ABORT.
 
         Raises:
-          RequestNotFoundError: no running request has this id.
+          RequestNotFoundError: no running request of that key has this id.
         """
-        handle = self._handles.get(request_id)
+        handle = self._handles.get(_name(CALLER.get(), request_id))
         if handle is None:
             raise RequestNotFoundError(f"no running request has id {request_id!r:.200}")
         self._abort(handle, FinishReason.ABORT)
@@ -398,8 +398,9 @@ class EngineClient:
         )
 
     def _submit(self, request: Request, request_id: str, times: RequestTimes) -> Stream:
-        token_ids = request.prompt_token_ids
-        if request_id in self._handles:
+        token_ids, caller = request.prompt_token_ids, CALLER.get()
+        name = _name(caller, request_id)
+        if name in self._handles:
             raise DuplicateRequestError(f"a request with id {request_id!r} is running")
         link = self._connected()
         handle = next(self._numbers)
@@ -412,10 +413,9 @@ class EngineClient:
             link.send(Submit(handle, request))
         except BlockingIOError as error:
             raise OverloadedError(str(error)) from error
-        turns, caller = self._turns, CALLER.get()
-        stream = Stream(handle, request_id, len(token_ids), text, times, turns, caller)
+        stream = Stream(handle, request_id, len(token_ids), text, times, self._turns, caller)
         self._streams[handle] = stream
-        self._handles[request_id] = handle
+        self._handles[name] = handle
         return stream
 
     def _limit(self, stream: Stream) -> asyncio.TimerHandle | None:
@@ -444,7 +444,7 @@ class EngineClient:
         """Whether the request was still running."""
         if self._streams.pop(stream.handle, None) is None:
             return False
-        del self._handles[stream.request_id]
+        del self._handles[_name(stream.caller, stream.request_id)]
         return True
 
     def _abort(self, handle: int, reason: FinishReason, error: str | None = None) -> None:
@@ -508,6 +508,11 @@ class EngineClient:
                     self.observations.ended(stream.times, stream.prompt_len, reason, done.timings)
                 else:
                     self.observations.gave_up(ERROR)
+
+
+def _name(caller: tuple[str, ...], request_id: str) -> tuple[str, ...]:
+    """Of a request, by which nobody finds those of another key."""
+    return (*caller[:1], request_id)
 
 
 def _check(ok: bool, field: str, value: object, allowed: str) -> None:

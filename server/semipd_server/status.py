@@ -34,6 +34,7 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
 }
 _ERRORS: Final = {code: error for error, code in _CODES.items()}
 _RETRY_AFTER_S: Final = 1
+_REQUEST_TIMEOUT: Final = error_details_pb2.ErrorInfo(reason="REQUEST_TIMEOUT", domain="semipd.v1")
 _MAX_MESSAGE_BYTES: Final = 1000
 """Of a status, which travels in headers: percent-encoded, and twice in base64. Clients limit them
 to 8 KiB."""
@@ -118,15 +119,18 @@ def status_of(error: Exception, path_of: Callable[[str], str] = field_path) -> s
     if isinstance(error, OverloadedError):
         delay = duration_pb2.Duration(seconds=_RETRY_AFTER_S)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    if isinstance(error, RequestTimeoutError):
+        status.details.add().Pack(_REQUEST_TIMEOUT)
     return status
 
 
 def error_from(error: Any) -> Exception:
-    """What the server meant by an RpcError of a blocking or an asynchronous call. A passed deadline
-    is a TimeoutError; what the contract does not name stays as it is."""
+    """What the server meant by an RpcError of a blocking or an asynchronous call. A deadline
+    that the client chose is a TimeoutError; what the contract does not name stays as it is."""
     code, message = error.code(), error.details() or ""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return TimeoutError(message)
+        info = _detail(error, error_details_pb2.ErrorInfo())
+        return RequestTimeoutError(message) if info == _REQUEST_TIMEOUT else TimeoutError(message)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         bad_request = _detail(error, error_details_pb2.BadRequest())
         violations = bad_request.field_violations if bad_request else ()

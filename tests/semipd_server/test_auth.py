@@ -23,6 +23,7 @@ from openai_rig import openai_client, request, while_serving
 from server_rig import Rig, Start
 from starlette.routing import Route
 
+from semipd_jax.errors import DuplicateRequestError, RequestNotFoundError
 from semipd_server import cli
 from semipd_server.auth import Keys
 from semipd_server.client import AsyncClient
@@ -153,6 +154,30 @@ def test_who_has_no_key_is_not_told_how_busy_the_server_is(start: Start):
             assert await code_of(rig, method, "Bearer second-key") is full
             assert await code_of(rig, method, None) is grpc.StatusCode.UNAUTHENTICATED
             running.cancel()
+
+    asyncio.run(main())
+
+
+def test_requests_of_another_key_can_neither_be_ended_nor_found(start: Start):
+    async def main():
+        async with (
+            start(settings=LOCKED) as rig,
+            AsyncClient(rig.address, api_key=KEYS[0]) as first,
+            AsyncClient(rig.address, api_key=KEYS[1]) as second,
+        ):
+            mine = asyncio.ensure_future(first.complete("Hi", max_tokens=2, request_id="x"))
+            await rig.fake.until(lambda: len(rig.fake.submitted) == 1, stepping=False)
+            with pytest.raises(RequestNotFoundError):
+                await second.abort("x")
+            theirs = asyncio.ensure_future(second.complete("Hi", max_tokens=2, request_id="x"))
+            await rig.fake.until(lambda: len(rig.fake.submitted) == 2, stepping=False)
+            with pytest.raises(DuplicateRequestError):
+                await asyncio.wait_for(first.complete("Hi", request_id="x"), 30)
+            await second.abort("x")
+            await rig.fake.until(theirs.done, stepping=False)
+            assert len(rig.fake.aborted) == 1
+            await rig.fake.until(mine.done)
+            assert mine.result()
 
     asyncio.run(main())
 

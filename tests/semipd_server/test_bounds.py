@@ -9,6 +9,7 @@ import pytest
 from openai_rig import openai_client
 from server_rig import Rig, Start, read_all
 
+from semipd_jax.errors import RequestTimeoutError
 from semipd_jax.request import FinishReason
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.settings import Settings
@@ -57,10 +58,13 @@ def test_no_request_lasts_longer_than_the_operator_allows(start: Start, steps: b
             assert ended.value.details() == (
                 "the request took longer than 0.5 s, the most that is allowed"
             )
+            with pytest.raises(RequestTimeoutError, match=r"longer than 0\.5 s"):
+                await asyncio.wait_for(rig.client.complete([5, 6], max_tokens=40), 30)
+            await until_aborted(rig, 2)
             with pytest.raises(openai.APIStatusError, match=r"longer than 0\.5 s") as error:
                 await asyncio.wait_for(client.completions.create(**COMPLETION), 30)
-            await until_aborted(rig, 2)
+            await until_aborted(rig, 3)
             assert (error.value.status_code, error.value.code) == (504, "request_timeout")
-            assert len(rig.fake.submitted) == 2, "nobody asked for the same again"
+            assert len(rig.fake.submitted) == 3, "nobody asked for the same again"
 
     asyncio.run(main())

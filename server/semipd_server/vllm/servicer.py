@@ -70,6 +70,8 @@ class VllmServicer(pb_grpc.VllmEngineServicer):
         async with aclosing(events(engine, request_id, wanted)) as happening:
             async for index, event in happening:
                 answer = self._answer(event, index, progress[index], len(token_ids))
+                if request.stream:
+                    progress[index].logprobs.clear()  # not again at the end: all might be too many
                 if answer is not None and (request.stream or answer.HasField("complete")):
                     await send(context, answer)
 

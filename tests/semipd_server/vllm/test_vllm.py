@@ -79,9 +79,11 @@ def test_tokens_come_in_chunks_then_all_at_once(start: Start):
             complete = last.complete
             assert list(complete.output_ids) == tokens
             assert complete.finish_reason == "length"
+            assert not complete.HasField("output_logprobs"), "all at once are too many for clients"
             assert (complete.prompt_tokens, complete.completion_tokens) == (3, 6)
-            [only] = await answers(rig, request(max_tokens=6, stream=False))
+            [only] = await answers(rig, request(max_tokens=6, logprobs=2, stream=False))
             assert list(only.complete.output_ids) == tokens
+            assert list(only.complete.output_logprobs.token_ids) == tokens
 
     asyncio.run(main())
 
