@@ -19,7 +19,6 @@ METHODS: Final = frozenset({f"/{SERVICE}/Check", f"/{SERVICE}/Watch"})
 
 _MAX_REQUEST_BYTES: Final = 256
 _MAX_WATCHES: Final = 1024
-_MAX_WATCHES_OF_HOST: Final = 64
 
 type _Request = health_pb2.HealthCheckRequest
 type _Response = health_pb2.HealthCheckResponse
@@ -37,9 +36,7 @@ class HealthServicer:
         self._status = health_pb2.HealthCheckResponse.NOT_SERVING
         self._has_ended = False
         self._changed = asyncio.Event()
-        self._watches = OpenCalls(
-            "health watches", most=_MAX_WATCHES, most_of_host=_MAX_WATCHES_OF_HOST
-        )
+        self._watches = OpenCalls("health watches", most=_MAX_WATCHES)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         encode = health_pb2.HealthCheckResponse.SerializeToString
@@ -71,7 +68,7 @@ class HealthServicer:
     async def _watch(self, request: _Request, context: Context) -> None:
         await self._require_known(request.service, context)
         try:
-            with self._watches.one_more(context.peer()):
+            async with self._watches.one_more(context.peer()):
                 await self._tell(context)
         except OverloadedError as error:
             await abort_with(context, error)

@@ -18,7 +18,6 @@ SERVICE: Final = reflection.SERVICE_NAME
 METHOD: Final = f"/{SERVICE}/ServerReflectionInfo"
 
 _MAX_STREAMS: Final = 64
-_MAX_STREAMS_OF_HOST: Final = 8
 
 
 class Reflection:
@@ -30,9 +29,7 @@ class Reflection:
 
     def __init__(self, services: Iterable[str]) -> None:
         self._answers: Any = reflection.aio.ReflectionServicer(services)  # pyright: ignore[reportAttributeAccessIssue]
-        self._streams = OpenCalls(
-            "reflection streams", most=_MAX_STREAMS, most_of_host=_MAX_STREAMS_OF_HOST
-        )
+        self._streams = OpenCalls("reflection streams", most=_MAX_STREAMS)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         info = grpc.stream_stream_rpc_method_handler(
@@ -45,7 +42,7 @@ class Reflection:
 
     async def _info(self, requests: AsyncIterable[Any], context: Context) -> None:
         try:
-            with self._streams.one_more(context.peer()):
+            async with self._streams.one_more(context.peer()):
                 asked = _in_time(requests, context)
                 async for answer in self._answers.ServerReflectionInfo(asked, context):
                     await send(context, answer)

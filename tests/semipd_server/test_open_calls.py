@@ -1,7 +1,6 @@
 """Calls that stay open as long as their client likes: health watches and reflection."""
 
 import asyncio
-from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -13,14 +12,13 @@ from grpc_status import rpc_status
 from server_rig import Rig, Start
 
 from semipd_jax.errors import OverloadedError
-from semipd_server import health, patience, reflection
+from semipd_server import health, open_calls, patience, reflection
 from semipd_server.open_calls import OpenCalls
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.server import SERVICE
 from semipd_server.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
-HERE = "ipv4:127.0.0.1:{}"
 
 
 def watch(rig: Rig, service: str = "") -> Any:
@@ -51,19 +49,62 @@ async def next_error(call: Any) -> grpc.aio.AioRpcError:
     return raised.value
 
 
-def test_bounds_are_of_hosts_too_and_places_come_back():
-    calls = OpenCalls("calls", most=3, most_of_host=2)
-    with ExitStack() as stack:
-        stack.enter_context(calls.one_more(HERE.format(1)))
-        with calls.one_more(HERE.format(2)):
-            with pytest.raises(OverloadedError, match="calls are open; allowed: 2 of a host"):
-                stack.enter_context(calls.one_more(HERE.format(3)))
-            with (
-                calls.one_more("ipv6:%5B::1%5D:4"),
-                pytest.raises(OverloadedError, match="3 in all"),
-            ):
-                stack.enter_context(calls.one_more("ipv6:%5B::2%5D:5"))
-        stack.enter_context(calls.one_more(HERE.format(6)))
+def test_hosts_share_the_places_of_open_calls():
+    async def main():
+        calls = OpenCalls("calls", most=3)
+        ended: list[str] = []
+
+        async def hold(host: str, name: str) -> None:
+            try:
+                async with calls.one_more(f"ipv4:{host}:1"):
+                    await asyncio.Event().wait()
+            except OverloadedError as error:
+                ended.append(f"{name}: {error}")
+
+        async def come(host: str, name: str) -> asyncio.Task[None]:
+            task = asyncio.create_task(hold(host, name))
+            for _ in range(10):  # turns of the loop: nothing here waits for anything else
+                await asyncio.sleep(0)
+            return task
+
+        tasks = [await come("10.0.0.1", name) for name in ("a", "b", "c")]
+        assert ended == []
+        tasks.append(await come("10.0.0.1", "own"))
+        assert ended == ["own: too many calls are open; allowed: 3 in all"]
+        tasks.append(await come("10.0.0.2", "other"))
+        assert ended[1].startswith("a: too many calls are open, and most of them are of this host")
+        tasks.append(await come("10.0.0.2", "as many"))
+        assert ended[2:] == ["as many: too many calls are open; allowed: 3 in all"]
+        tasks[1].cancel()
+        await asyncio.wait((tasks[1],))
+        tasks.append(await come("10.0.0.1", "again"))
+        assert len(ended) == 3
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    asyncio.run(main())
+
+
+def test_a_health_watch_that_makes_room_is_told_so(start: Start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "_MAX_WATCHES", 2)
+
+    async def main():
+        async with start() as rig:
+            watches: list[Any] = []
+            for _ in range(2):
+                watches.append(watch(rig))
+                assert (await watches[-1].read()).status == SERVING
+            monkeypatch.setattr(open_calls, "grpc_host", lambda _: ("10.0.0.9", "1"))
+            other = watch(rig)
+            assert (await other.read()).status == SERVING
+            error = await next_error(watches[0])
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "made room for another host" in (error.details() or "")
+            for open_one in (*watches, other):
+                open_one.cancel()
+
+    asyncio.run(main())
 
 
 def test_a_service_that_does_not_exist_is_not_watched(start: Start):
@@ -97,7 +138,7 @@ def test_a_long_question_about_health_is_refused(start: Start, method: str, mess
 def test_health_watches_have_a_bound_and_take_nobodys_place(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(health, "_MAX_WATCHES_OF_HOST", 2)
+    monkeypatch.setattr(health, "_MAX_WATCHES", 2)
 
     async def main():
         async with start(max_calls=2) as rig:
@@ -143,7 +184,7 @@ def test_streams_that_ask_nothing_are_ended(start: Start, monkeypatch: pytest.Mo
 def test_reflection_has_a_bound_and_takes_nobodys_place(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(reflection, "_MAX_STREAMS_OF_HOST", 2)
+    monkeypatch.setattr(reflection, "_MAX_STREAMS", 2)
 
     async def main():
         async with start(max_calls=2) as rig:
