@@ -503,11 +503,11 @@ class EngineClient:
             if stream := self._streams.get(done.handle):
                 self._forget(stream)
                 stream.done(done)
-                if done.error is None:
+                if stream.has_failed:
+                    self.observations.gave_up(ERROR)
+                else:
                     reason = done.reason
                     self.observations.ended(stream.times, stream.prompt_len, reason, done.timings)
-                else:
-                    self.observations.gave_up(ERROR)
 
 
 def _name(caller: tuple[str, ...], request_id: str) -> tuple[str, ...]:

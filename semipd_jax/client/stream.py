@@ -61,6 +61,11 @@ class Stream:
         """A stop string is complete; the coordinator may not know yet."""
         return self._output.matched_stop is not None
 
+    @property
+    def has_failed(self) -> bool:
+        """It ends with an error."""
+        return self._error is not None
+
     async def next(self) -> Event:
         """Waits for the next event and this stream's turn, which lasts until the next call or
         `close`; raises the error that ended the request."""

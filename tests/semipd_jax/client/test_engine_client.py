@@ -557,7 +557,12 @@ def test_text_that_cannot_be_made_ends_its_own_request_only(
                     await r.run(r.client.generate([9], sampling))
                 await r.fake.until(other.done)
                 assert len(tokens(other.result())) == 4
-            assert r.client.observations.finished[ERROR] == 2
+            late = r.client.generate([9], {"max_tokens": 4})
+            await r.started(late)
+            await r.fake.until(lambda: not r.client._streams)  # all is there, and not read
+            with pytest.raises(RequestFailedError, match="text of this request"):
+                await r.read(late)
+            assert r.client.observations.finished[ERROR] == 3
             assert not r.client._streams
 
     asyncio.run(main())
