@@ -187,12 +187,9 @@ class EngineClient:
             token_ids = await self._prompts.encode(prompt)
             request = self._request(token_ids, checked, priority, cache_salt)
             stream = self._submit(request, request_id or uuid.uuid4().hex, times)
-        with self._following(stream):
-            while True:
-                event = await stream.next()
+        async with contextlib.aclosing(self._events(stream)) as events:
+            async for event in events:
                 yield event
-                if isinstance(event, Finished):
-                    return
 
     async def prepare(
         self,
@@ -238,12 +235,9 @@ class EngineClient:
         with self._counting_refusals():
             _check_request_id(request_id)
             stream = self._submit(request, request_id, times)
-        with self._following(stream):
-            while True:
-                event = await stream.next()
+        async with contextlib.aclosing(self._events(stream)) as events:
+            async for event in events:
                 yield event
-                if isinstance(event, Finished):
-                    return
 
     async def abort(self, request_id: str) -> None:
         """Ends a request of the caller's key; its stream ends with reason ABORT.
@@ -353,13 +347,16 @@ class EngineClient:
             self.observations.refusal(error)
             raise
 
-    @contextlib.contextmanager
-    def _following(self, stream: Stream) -> Iterator[None]:
-        """Inside, the request may run; whoever leaves before its end ends it."""
+    async def _events(self, stream: Stream) -> AsyncGenerator[Event]:
+        """Until the end of the request; whoever leaves before ends it."""
         reason = FinishReason.ABORT.value
         timer = self._limit(stream)
         try:
-            yield
+            while True:
+                event = await stream.next()
+                yield event
+                if isinstance(event, Finished):
+                    return
         except RequestFailedError:
             reason = ERROR
             raise

@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from semipd_jax.client.line import CALLER, Line
 from semipd_jax.errors import UnavailableError
+
+_CLOSED: Final = "the engine client was closed"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -25,6 +27,7 @@ class FairThreads:
     def __init__(self, num_threads: int, name: str) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
         self._num_free = num_threads
+        self._is_closed = False
         self._line = Line[_Job]()
 
     async def run[T](self, work: Callable[[], T]) -> T:
@@ -33,6 +36,8 @@ class FairThreads:
         Raises:
           UnavailableError: the threads were closed before it began.
         """
+        if self._is_closed:
+            raise UnavailableError(_CLOSED)
         job, caller = _Job(work, asyncio.get_running_loop().create_future()), CALLER.get()
         self._line.push(job, caller)
         try:
@@ -43,10 +48,11 @@ class FairThreads:
 
     def close(self) -> None:
         """What has begun may end."""
+        self._is_closed = True
         while self._line:
             begun = self._line.pop().begun
             if not begun.done():
-                begun.set_exception(UnavailableError("the engine client was closed"))
+                begun.set_exception(UnavailableError(_CLOSED))
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _begin_next(self) -> None:

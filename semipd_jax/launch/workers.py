@@ -121,8 +121,8 @@ class Workers:
     def start_next(self, lane: Lane) -> None:
         """Starts the lane's next worker that was never started: one after another, so that what
         one compiles is there for the next."""
-        waiting = [slot for slot in self.slots if slot.lane == lane and slot.process is None]
-        if waiting:
+        never_started = [s for s in self.slots if s.lane == lane and s.process is None]
+        if waiting := [slot for slot in never_started if slot not in self._due]:
             self._start(waiting[-1])
 
     def add(self, lane: Lane, share: float) -> None:

@@ -79,6 +79,7 @@ class Collector:
         self._least = min(least, size)
         self._after_s = after_s
         self._since_s = -inf
+        self._latest_s = -inf  # arrival
         self._opened_s: float | None = None
         self._requests: list[FinishedRequest] = []
 
@@ -87,8 +88,9 @@ class Collector:
         before a pause as long as a window."""
         if finished.arrival_s < self._since_s:
             return
-        if self._requests and finished.arrival_s - self._requests[-1].arrival_s > self._after_s:
+        if finished.arrival_s - self._latest_s > self._after_s:
             self._requests, self._opened_s = [], None
+        self._latest_s = max(self._latest_s, finished.arrival_s)
         self._requests.append(finished)
 
     def take(self, now_s: float) -> Window | None:

@@ -18,11 +18,11 @@ _UNKNOWN: Final = "unknown"  # a name that a client made up is no label
 
 
 class Calls:
-    """Calls that ended, by (method, status), and how many have not.
+    """Calls that ended, by (method, status), and how many run.
 
     Attributes:
       ended: "/package.Service/Method" and the name of a status code → number.
-      num_running: those that have no bound of their own.
+      num_running: those whose message is there, and that have no bound of their own.
     """
 
     def __init__(self) -> None:

@@ -8,14 +8,13 @@ import logging
 import ssl
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from semipd_jax.errors import ConfigError
 from semipd_server.settings import Settings
 
-type _Stamps = list[tuple[int, int] | None]
+type _Stamps = list[tuple[int, ...] | None]
 
 _log = logging.getLogger(__name__)
 
@@ -34,21 +33,20 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials:
     )
 
 
-def ssl_context(settings: Settings) -> ssl.SSLContext:
-    """For HTTP. Each handshake goes on with a context of the files as they are.
+def ssl_contexts(settings: Settings) -> Callable[[], ssl.SSLContext]:
+    """For HTTP, which asks before each handshake. A new context knows no session of the one before:
+    whoever resumes one is looked at again.
 
     Raises:
       ConfigError: a file is missing or of no use.
     """
     files = _Files(settings, Settings.ssl_context)
 
-    def choose(connection: ssl.SSLObject | ssl.SSLSocket, *_: Any) -> None:
+    def current() -> ssl.SSLContext:
         files.renew()
-        connection.context = files.content
+        return files.content
 
-    context = files.content
-    context.sni_callback = choose  # is called without a server name, too
-    return context
+    return current
 
 
 class _Files[T]:
@@ -94,10 +92,10 @@ def _stamps_of(settings: Settings) -> _Stamps:
     return [_stamp_of(Path(file)) for file in files if file is not None]
 
 
-def _stamp_of(file: Path) -> tuple[int, int] | None:
+def _stamp_of(file: Path) -> tuple[int, ...] | None:
     """Changes when the file is written, or another one takes its place."""
     try:
         info = file.stat()
     except OSError:
         return None
-    return info.st_mtime_ns, info.st_ino
+    return info.st_mtime_ns, info.st_size, info.st_ino

@@ -25,7 +25,7 @@ from semipd_server.convert import event_from, prompt_fields, sampling_message
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
 from semipd_server.settings import KEY_VARIABLE
-from semipd_server.status import error_from
+from semipd_server.status import error_from, in_a_line
 from semipd_server.tls import Tls, add_tls_flags
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -276,7 +276,7 @@ def main(
                 if isinstance(event, Delta):
                     print(event.text, end="", flush=True)
     except (EngineError, TimeoutError, grpc.RpcError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {in_a_line(error)}")
     print()
 
 

@@ -28,7 +28,7 @@ from semipd_server.pb import control_pb2 as pb
 from semipd_server.pb import control_pb2_grpc as pb_grpc
 from semipd_server.settings import CONTROL_SOCKET, KEY_VARIABLE
 from semipd_server.sockets import has_listener
-from semipd_server.status import error_from
+from semipd_server.status import error_from, in_a_line
 from semipd_server.tls import Tls, add_tls_flags
 
 _TIMEOUT_S: Final = 15.0
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "semipd-jax control")
             else:
                 _print(getattr(client, _METHODS[command])(**args), indent=2)
     except (EngineError, TimeoutError, grpc.RpcError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {in_a_line(error)}", file=sys.stderr)
         return 1
     return 0
 

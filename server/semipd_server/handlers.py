@@ -1,8 +1,7 @@
 """gRPC's handlers of methods, with something around every call."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from inspect import isasyncgenfunction
 from typing import Any, Final
 
 import grpc
@@ -13,7 +12,7 @@ _KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 def wrapped(handler: Any, around: Callable[[Context], AbstractAsyncContextManager[None]]) -> Any:
-    """The handler; each of its calls is inside `around(context)`."""
+    """The handler, a coroutine of any kind; each of its calls is inside `around(context)`."""
     kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
     inner = getattr(handler, kind)
 
@@ -21,9 +20,4 @@ def wrapped(handler: Any, around: Callable[[Context], AbstractAsyncContextManage
         async with around(context):
             return await inner(request, context)
 
-    async def produce(request: Any, context: Context) -> AsyncGenerator[Any]:
-        async with around(context):
-            async for response in inner(request, context):
-                yield response
-
-    return handler._replace(**{kind: produce if isasyncgenfunction(inner) else answer})
+    return handler._replace(**{kind: answer})

@@ -2,9 +2,8 @@
 fault, and is answered as such."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from inspect import isasyncgenfunction
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -43,11 +42,7 @@ def _reading(inner: Callable[..., Any]) -> Callable[..., Any]:
     async def answer(_requests: object, context: Context) -> Any:
         return await inner(await _message(context), context)
 
-    async def produce(_requests: object, context: Context) -> AsyncGenerator[Any]:
-        async for response in inner(await _message(context), context):
-            yield response
-
-    return produce if isasyncgenfunction(inner) else answer
+    return answer
 
 
 async def _message(context: Context) -> Any:
@@ -57,15 +52,19 @@ async def _message(context: Context) -> Any:
     try:
         message = await context.read()
     except DecodeError:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, DAMAGED)
+        await _refuse(context, DAMAGED)
     finally:
         give_up.cancel()
     if message is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _MISSING)
-        except grpc.aio.InternalError as error:  # the client has left
-            raise asyncio.CancelledError from error
+        await _refuse(context, _MISSING)
     return message
+
+
+async def _refuse(context: Context, text: str) -> NoReturn:
+    try:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+    except grpc.aio.InternalError as error:  # the client has left
+        raise asyncio.CancelledError from error
 
 
 def _give_up(context: Context) -> None:

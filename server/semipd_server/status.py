@@ -22,6 +22,7 @@ from semipd_jax.errors import (
     UnavailableError,
 )
 from semipd_server.convert import field_path
+from semipd_server.handlers import Context
 
 _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 async def abort_with(
-    context: "grpc.aio.ServicerContext[Any, Any]",
+    context: Context,
     error: Exception,
     path_of: Callable[[str], str] = field_path,
 ) -> NoReturn:
@@ -65,7 +66,7 @@ async def abort_with(
     await context.abort(status.code, status.details, tuple(metadata))
 
 
-def end(context: "grpc.aio.ServicerContext[Any, Any]", code: grpc.StatusCode, text: str) -> None:
+def end(context: Context, code: grpc.StatusCode, text: str) -> None:
     """Ends a call at once, whatever its task waits for: what that wants of gRPC from now on raises.
     The status comes after what the client has not read, should it ever read on."""
     loop = asyncio.get_running_loop()
@@ -74,9 +75,7 @@ def end(context: "grpc.aio.ServicerContext[Any, Any]", code: grpc.StatusCode, te
     status.add_done_callback(_said)
 
 
-async def _abort(
-    context: "grpc.aio.ServicerContext[Any, Any]", code: grpc.StatusCode, text: str
-) -> NoReturn:
+async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
     await context.abort(code, text)
 
 
@@ -100,8 +99,8 @@ def refused(error: Exception) -> Any:
     return _handler(lambda context: abort_with(context, error))
 
 
-def _handler(end: Callable[["grpc.aio.ServicerContext[Any, Any]"], Awaitable[NoReturn]]) -> Any:
-    async def refuse(_requests: object, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+def _handler(end: Callable[[Context], Awaitable[NoReturn]]) -> Any:
+    async def refuse(_requests: object, context: Context) -> None:
         await end(context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
@@ -122,6 +121,11 @@ def status_of(error: Exception, path_of: Callable[[str], str] = field_path) -> s
     if isinstance(error, RequestTimeoutError):
         status.details.add().Pack(_REQUEST_TIMEOUT)
     return status
+
+
+def in_a_line(error: Exception) -> str:
+    """For a person: an RpcError's own text has many lines."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
 
 
 def error_from(error: Any) -> Exception:

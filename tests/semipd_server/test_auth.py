@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import shlex
+import socket
 import ssl
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -327,11 +328,33 @@ def test_renewed_authorities_decide_who_gets_in(start: Start, tmp_path: Path):
             mine, others = old.issue("mine"), new.issue("others")
             assert await over_both(rig, old.ca, mine) == (True, True)
             assert await over_both(rig, old.ca, others) == (False, False)
+            context = ssl.create_default_context(cafile=old.ca)
+            context.load_cert_chain(mine[1], mine[0])
+            session = await asyncio.to_thread(session_of_a_request, rig.url, context, None)
+            again = await asyncio.to_thread(session_of_a_request, rig.url, context, session)
+            assert again is not None, "an authority of today's"
             authorities.write_bytes(Path(new.ca).read_bytes())
             assert await over_both(rig, old.ca, others) == (True, True)
             assert await over_both(rig, old.ca, mine) == (False, False)
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asyncio.to_thread(session_of_a_request, rig.url, context, session)
 
     asyncio.run(main())
+
+
+def session_of_a_request(
+    url: str, context: ssl.SSLContext, session: ssl.SSLSession | None
+) -> ssl.SSLSession | None:
+    """Asks over a connection that resumes `session`. Raises OSError if it is not answered."""
+    host, port = url.removeprefix("https://").rsplit(":", 1)
+    with (
+        socket.create_connection((host, int(port)), timeout=30) as connection,
+        context.wrap_socket(connection, server_hostname=host, session=session) as client,
+    ):
+        client.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        if not client.recv(1 << 16).startswith(b"HTTP/1.1 200"):
+            raise ConnectionError("no answer")
+        return client.session
 
 
 def test_files_that_are_of_no_use_change_nothing(

@@ -46,7 +46,7 @@ async def until_given_up(rig: Rig, count: int = 1) -> None:
 
 def connect(address: str) -> socket.socket:
     host, port = address.removeprefix("http://").rsplit(":", 1)
-    return socket.create_connection((host, int(port)), timeout=60)
+    return socket.create_connection((host, int(port)), timeout=30)
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])

@@ -44,10 +44,11 @@ from semipd_server.openai.schema import (
 )
 from semipd_server.openai.tokens import TokenTexts
 
-HEALTH: Final = "/health"
 _HELD_BYTES: Final = 256 << 20
 _HELD_BODIES: Final = 8
 """Of bodies that are being read, all together: at least so many bytes, or longest ones."""
+_SMALL_BYTES: Final = 64 << 10
+"""A body up to this size is read anyway: connections are bounded, and so is what each buffers."""
 _BYTES_PER_BRACKET: Final = 16  # at least, of the longest body
 
 type Handler = Callable[[Request], Awaitable[ASGIApp]]
@@ -72,7 +73,7 @@ def build_app(
         ("POST", "/tokenize", routes.tokenize),
         ("POST", "/detokenize", routes.detokenize),
         ("GET", "/version", routes.version),
-        ("GET", HEALTH, routes.health),
+        ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),
         ("GET", "/dashboard", routes.dashboard),
         ("GET", "/dashboard.json", routes.live),
@@ -194,7 +195,8 @@ class Routes:
                     if len(body) > self._max_body_bytes:
                         limit = self._max_body_bytes
                         raise ApiError(413, f"the body is too long; allowed: {limit} bytes")
-                    if self._num_held_bytes > self._max_held_bytes:
+                    is_small = len(body) <= _SMALL_BYTES
+                    if not is_small and self._num_held_bytes > self._max_held_bytes:
                         raise ApiError(429, "too many bodies are being read; try again")
         except TimeoutError as error:
             raise ApiError(408, f"the body took longer than {patience.BODY_S:.0f} s") from error

@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before its route: key, request id, count."""
+"""What happens to every HTTP request before its route: key, host, request id, count."""
 
 import re
 from typing import Final

@@ -48,7 +48,8 @@ class Places[C: Occupant]:
                 del self._by_host[one.host]
 
     def clear(self) -> None:
-        """Closes all that have a place."""
+        """Closes all that have a place. There are none from now on."""
+        self._most = 0
         for held in list(self._by_host.values()):
             for one in list(held):
                 self.leave(one)

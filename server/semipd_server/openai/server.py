@@ -18,7 +18,7 @@ from semipd_jax.errors import StartupError
 from semipd_server import patience
 from semipd_server.auth import Keys
 from semipd_server.callers import one_host
-from semipd_server.certificates import ssl_context
+from semipd_server.certificates import ssl_contexts
 from semipd_server.gate import Gate
 from semipd_server.metrics import Metrics
 from semipd_server.openai.app import build_app
@@ -63,7 +63,7 @@ class HttpServer:
         self._opening = Places[TlsOpening](max_connections)
         connection = partial(_Connection, served, refused)
         if settings.uses_tls:
-            connection = partial(_opening, ssl_context(settings), self._opening, connection)
+            connection = partial(_opening, ssl_contexts(settings), self._opening, connection)
         config = uvicorn.Config(
             app,
             http=cast(type[asyncio.Protocol], connection),
@@ -115,7 +115,7 @@ class HttpServer:
 
 
 def _opening(
-    context: ssl.SSLContext,
+    context: Callable[[], ssl.SSLContext],
     places: Places[TlsOpening],
     connection: Callable[..., asyncio.Protocol],
     **kwargs: Any,

@@ -18,6 +18,7 @@ class TlsOpening(asyncio.Protocol):
     there are nor of whom.
 
     Args:
+      context: makes that of a handshake.
       places: for those that have not ended.
       then: makes the protocol that goes on.
     """
@@ -28,7 +29,7 @@ class TlsOpening(asyncio.Protocol):
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        context: Callable[[], ssl.SSLContext],
         places: "Places[TlsOpening]",
         then: Callable[[], asyncio.Protocol],
     ) -> None:
@@ -68,7 +69,7 @@ class TlsOpening(asyncio.Protocol):
             tls = await loop.start_tls(
                 self._transport,
                 self,
-                self._context,
+                self._context(),
                 server_side=True,
                 ssl_handshake_timeout=patience.FIRST_WORD_S,
             )
@@ -79,5 +80,5 @@ class TlsOpening(asyncio.Protocol):
         protocol = self._then()
         tls.set_protocol(protocol)
         protocol.connection_made(tls)
-        if self._early:
+        if self._early and not tls.is_closing():
             protocol.data_received(self._early)

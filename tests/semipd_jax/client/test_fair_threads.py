@@ -168,5 +168,7 @@ def test_closing_refuses_those_who_wait():
             threads.close()
             with pytest.raises(UnavailableError, match="closed"):
                 await waiting
+            with pytest.raises(UnavailableError, match="closed"):
+                await threads.run(lambda: 3)
 
     asyncio.run(main())

@@ -282,6 +282,17 @@ def test_algorithm_1_decides_in_a_quiet_hour_too():
     assert after(policy, (), now_s=60.0) == Shares(1.0, 0.4)
 
 
+def test_requests_that_took_long_are_no_pause():
+    """One a second, and every tenth one arrived two minutes before it ended."""
+    slo, finished = targets(ttft_ms=300.0, tpot_ms=150.0), window(ttft_s=0.5, tpot_s=0.1, num=60)
+    finished = tuple(
+        replace(r, arrival_s=r.arrival_s - 120.0 * (i % 10 == 9)) for i, r in enumerate(finished)
+    )
+    policy = SemiPd(LADDERS, slo, start=Shares(0.6, 0.6))
+    assert after(policy, finished[:40]) == Shares(0.6, 0.6)
+    assert after(policy, finished[40:], now_s=60.0) != Shares(0.6, 0.6)
+
+
 def test_no_window_spans_a_pause():
     slo, finished = targets(ttft_ms=300.0, tpot_ms=150.0), window(ttft_s=0.5, tpot_s=0.1, num=60)
     policy = SemiPd(LADDERS, slo, start=Shares(0.6, 0.6))

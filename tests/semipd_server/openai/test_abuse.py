@@ -332,6 +332,8 @@ def test_bodies_that_are_being_read_have_a_bound_in_sum(
 ):
     monkeypatch.setattr(app_module, "_HELD_BYTES", 5000)
     monkeypatch.setattr(app_module, "_HELD_BODIES", 0)
+    monkeypatch.setattr(app_module, "_SMALL_BYTES", 1000)
+    small = http_bytes("/v1/completions", {"prompt": "Hi", "max_tokens": 1})
     whole = http_bytes("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "user": "x" * 3000})
 
     async def main():
@@ -342,7 +344,9 @@ def test_bodies_that_are_being_read_have_a_bound_in_sum(
             late.send(whole)
             answer = await until_received(late, b"}}")
             assert answer.startswith(b"HTTP/1.1 429")
-            for piece in (whole[-3:], whole, whole):
+            for piece in (whole[-3:], whole, whole, small):
+                if piece is small:
+                    routes_of(rig)._max_held_bytes = 0
                 slow.send(piece)
                 answered = asyncio.ensure_future(until_received(slow, b'"usage"'))
                 await rig.fake.until(answered.done)
@@ -353,11 +357,14 @@ def test_bodies_that_are_being_read_have_a_bound_in_sum(
 
 async def until_held(rig: Rig, number: int) -> None:
     """Bytes of bodies that are being read."""
-    route = rig.front_end._http._server.config.app._app.routes[0]  # pyright: ignore
-    routes = inspect.getclosurevars(route.endpoint).nonlocals["handler"].__self__
     async with asyncio.timeout(60):
-        while routes._num_held_bytes < number:
+        while routes_of(rig)._num_held_bytes < number:
             await asyncio.sleep(0.001)
+
+
+def routes_of(rig: Rig) -> app_module.Routes:
+    route = rig.front_end._http._server.config.app._app.routes[0]  # pyright: ignore
+    return inspect.getclosurevars(route.endpoint).nonlocals["handler"].__self__
 
 
 @pytest.mark.parametrize(
