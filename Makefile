@@ -22,7 +22,7 @@ serve: .venv/base              ## the demo model, or: make serve ARGS="--model D
 	$(BIN)/python -m semipd_jax.serve $(ARGS)
 
 test: .venv/dev                ## all tests, or: make test ARGS="tests/semipd_jax/scheduler"
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: .venv/dev                ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -42,7 +42,7 @@ kernels-on-jax:                ## the kernels on another release of jax: make ke
 	$(PYTHON) -m venv .venv/jax
 	PIP_CONSTRAINT= .venv/jax/bin/pip install --quiet 'jax==$(JAX)' 'jax-cuda13-plugin==$(JAX)' \
 		'jax-cuda13-pjrt==$(JAX)' nvidia-cuda-nvcc flax orbax-checkpoint safetensors msgspec jaxtyping \
-		beartype hypothesis pytest pytest-timeout
+		beartype hypothesis pytest pytest-timeout pytest-xdist
 	PYTHONPATH=.:server .venv/jax/bin/python -m pytest tests/kernels_pallas tests/benchmarks/aot
 
 conformance: .venv/dev         ## openai, smg, AIPerf and GuideLLM against the demo model

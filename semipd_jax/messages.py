@@ -223,13 +223,14 @@ class Slo(Message, frozen=True):
 
 
 class SetSlo(Message, frozen=True):
-    """Takes the place of what was promised to the same requests. `target` is the share of requests
-    that should meet both; None leaves it as it is. Answered by `PartitionReply` with the same
-    `query_id`."""
+    """Takes the place of what was promised to the same requests; with `remove`, the priority has no
+    promise of its own any more. `target` is the share of requests that should meet both; None
+    leaves it as it is. Answered by `PartitionReply` with the same `query_id`."""
 
     query_id: int
     slo: Slo
     target: float | None = None
+    remove: bool = False
 
 
 type ToCoordinator = Submit | Abort | GetStats | SetPartition | SetSlo

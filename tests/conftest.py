@@ -1,6 +1,8 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +20,24 @@ settings.register_profile(
     "semipd", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("semipd")
+
+
+_ENGINES: Final = ("e2e", "semipd_server", "semipd_jax/launch")
+"""Folders whose tests start engines or servers: one at a time, as a machine may have two cores."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines first, by one process; each other file is run by one as well."""
+    tests = Path(__file__).parent
+
+    def folder_of(item: pytest.Item) -> str | None:
+        path = item.path.relative_to(tests)
+        return next((name for name in _ENGINES if path.is_relative_to(name)), None)
+
+    items.sort(key=lambda item: folder_of(item) is None)
+    for item in items:
+        group = "engines" if folder_of(item) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

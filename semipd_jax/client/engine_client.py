@@ -290,6 +290,7 @@ class EngineClient:
         tpot_ms: float | None = None,
         priority: int | None = None,
         target: float | None = None,
+        remove: bool = False,
     ) -> Partition:
         """The partition, after a promise took the place of the one before: to requests of a
         priority, or (None) to those whose priority has no promise of its own.
@@ -297,6 +298,8 @@ class EngineClient:
         Args:
           ttft_ms, tpot_ms: None promises nothing.
           target: the share of requests that should meet both; None leaves it as it is.
+          remove: takes the priority's own promise away: what the others are promised holds for it
+            again.
 
         Raises:
           InvalidRequestError: a value is out of range, or the policy cannot work without it.
@@ -304,8 +307,10 @@ class EngineClient:
         for name, ms in (("ttft_ms", ttft_ms), ("tpot_ms", tpot_ms)):
             _check(ms is None or 0 < ms < math.inf, name, ms, "a positive number")
         _check(target is None or 0 < target < 1, "target", target, "between 0 and 1")
+        names_one = priority is not None and ttft_ms is None and tpot_ms is None
+        _check(names_one or not remove, "remove", remove, "only with a priority and no promise")
         slo = Slo(ttft_ms, tpot_ms, priority)
-        return await self._change("slo", lambda i: SetSlo(i, slo, target))
+        return await self._change("slo", lambda i: SetSlo(i, slo, target, remove))
 
     async def _change(
         self, field: str, query_of: Callable[[int], SetPartition | SetSlo]

@@ -371,6 +371,8 @@ def _with_slo(targets: SloTargets, change: SetSlo) -> SloTargets:
     by_class, default = dict(targets.by_class), targets.default
     if change.slo.priority is None:
         default = slo
+    elif change.remove:
+        by_class.pop(change.slo.priority, None)
     else:
         by_class[change.slo.priority] = slo
     return SloTargets(default, by_class, targets.attainment if attainment is None else attainment)

@@ -8,16 +8,15 @@ be rebuilt, and an orderly end is better than half a service.
 
 import contextlib
 import logging
+import os
 import queue
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
+from semipd_jax import run_dir
 from semipd_jax.config import LANES, EngineConfig, Lane
 from semipd_jax.errors import EngineError, StartupError, UnavailableError
 from semipd_jax.launch import device
@@ -123,6 +122,7 @@ class Launcher:
         self.address: str | None = None
         self.http_address: str | None = None
         self.run_dir = ""
+        self._held: int | None = None  # keeps it from being taken for abandoned
         self._progress: dict[str, str] = {}  # of what is not ready, by name
         self._told: tuple[str, ...] = ()
 
@@ -134,7 +134,7 @@ class Launcher:
         Raises:
           EngineError: of the kind that made the start fail; nothing is left behind.
         """
-        self.run_dir = tempfile.mkdtemp(prefix="semipd-")
+        self.run_dir, self._held = run_dir.create()
         self._thread = threading.Thread(target=self._supervise, name="launcher", daemon=True)
         self._thread.start()
         if not self._started.wait(self._config.timeouts.startup_s):
@@ -383,8 +383,9 @@ class Launcher:
                 process.wait(time.monotonic() + _STOP_S)
 
     def _finish(self) -> None:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(Path(self.run_dir))
+        run_dir.remove(self.run_dir)
+        if self._held is not None:
+            os.close(self._held)
         failed_while_serving = self._started.is_set() and self.error is not None
         self.finished.set()
         self._started.set()  # whoever waits for it finds everything ended

@@ -23,6 +23,7 @@ from typing import Final
 from semipd_jax import cuda_driver
 from semipd_jax.config import MAX_WORKERS, Lane, ShareConfig
 from semipd_jax.errors import StartupError
+from semipd_jax.run_dir import hold
 
 CONTROL: Final = "nvidia-cuda-mps-control"
 PIPE_DIRECTORY: Final = "CUDA_MPS_PIPE_DIRECTORY"
@@ -231,15 +232,21 @@ def private_daemon(run_dir: str) -> Iterator[Control]:
     for directory in (control.pipe_directory, control.log_directory):
         os.mkdir(directory, 0o700)
     # The daemon detaches itself. What waits here for the end of its input outlives us by a moment,
-    # however we end.
-    with subprocess.Popen(
-        ["sh", "-c", f"cat > /dev/null; echo quit | {CONTROL}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=control.environment(),
-        process_group=0,
-    ) as keeper:
+    # however we end, and holds the directory for as long.
+    held = hold(run_dir)
+    try:
+        keeper = subprocess.Popen(
+            ["sh", "-c", f"cat > /dev/null; echo quit | {CONTROL}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=control.environment(),
+            process_group=0,
+            pass_fds=[held],
+        )
+    finally:
+        os.close(held)
+    with keeper:
         try:
             control.start()
             yield control

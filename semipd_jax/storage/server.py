@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import socket
-import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from semipd_jax.run_dir import check_private
 from semipd_jax.storage.backend import Reservation
 from semipd_jax.storage.manifest import SharingError
 
@@ -34,9 +34,7 @@ class MemoryServer:
     """A listening socket in `run_dir`, which must be private to this user."""
 
     def __init__(self, run_dir: str, reservations: Sequence[Reservation]) -> None:
-        info = os.stat(run_dir)
-        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != 0o700:
-            raise ValueError(f"{run_dir} must belong to this user with mode 0700")
+        check_private(run_dir)
         self._path = socket_path(run_dir)
         if len(self._path) > _MAX_SOCKET_PATH:
             raise ValueError(f"socket path is longer than {_MAX_SOCKET_PATH}: {self._path}")

@@ -6,8 +6,6 @@ is dropped and no sender waits: a `Hub` keeps what a peer has not read yet, whic
 the peer asked for, and a peer that sends faster than the hub reads gets `BlockingIOError`.
 """
 
-import os
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any, Final
 import msgspec
 import zmq
 import zmq.asyncio
+
+from semipd_jax.run_dir import check_private
 
 WORKERS: Final = "workers"
 CLIENTS: Final = "clients"
@@ -30,9 +30,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 def endpoint(run_dir: str, name: str) -> str:
     """ZeroMQ address of socket `name`; raises ValueError unless `run_dir` is private to us."""
-    info = os.stat(run_dir)
-    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != 0o700:
-        raise ValueError(f"{run_dir} must belong to this user with mode 0700")
+    check_private(run_dir)
     path = str(Path(run_dir) / name)
     if len(path) > _MAX_IPC_PATH:
         raise ValueError(f"socket path is too long ({len(path)} > {_MAX_IPC_PATH}): {path}")

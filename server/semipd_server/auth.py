@@ -2,20 +2,17 @@
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health
 
 from semipd_server.status import refusal
 
 REFUSAL: Final = "missing or wrong API key; send the header 'authorization: Bearer <key>'"
 HOLDER: Final[ContextVar[str]] = ContextVar("holder", default="")
 """The key of the gRPC call that is being answered, by `Keys.holder`."""
-
-_HEALTH_PREFIX: Final = f"/{health.SERVICE_NAME}/"
 
 
 class Keys:
@@ -42,11 +39,16 @@ class Keys:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Ends every call without an accepted key with UNAUTHENTICATED, except health checks, and those
-    of methods that do not exist, which are UNIMPLEMENTED to everyone."""
+    """Ends every call without an accepted key with UNAUTHENTICATED, except those of methods that do
+    not exist, which are UNIMPLEMENTED to everyone.
 
-    def __init__(self, keys: Keys) -> None:
+    Args:
+      open_methods: full names of what needs no key.
+    """
+
+    def __init__(self, keys: Keys, open_methods: Collection[str] = ()) -> None:
         self._keys = keys
+        self._open_methods = open_methods
 
     async def intercept_service(
         self,
@@ -55,17 +57,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         metadata = dict(handler_call_details.invocation_metadata or ())
-        is_open = handler is None or _is_health(handler_call_details.method)
+        is_open = handler is None or handler_call_details.method in self._open_methods
         holder = self._keys.holder(_text(metadata.get("authorization")))
         if is_open or holder is not None:
             HOLDER.set(holder or "")
             return handler
         return refusal(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
-
-
-def _is_health(method: str) -> bool:
-    """Whether the full name of a gRPC method is one of the health checks'."""
-    return method.startswith(_HEALTH_PREFIX)
 
 
 def _digest(key: str) -> bytes:

@@ -76,6 +76,7 @@ class ControlServicer(pb_grpc.ControlServiceServicer):
             tpot_ms=_given(request.slo, "tpot_ms"),
             priority=_given(request.slo, "priority"),
             target=_given(request, "target"),
+            remove=request.remove,
         )
         return pb.SetSloResponse(partition=partition_message(partition))
 

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -22,6 +21,7 @@ import grpc
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from semipd_jax import run_dir
 from semipd_jax.config import POLICIES
 from semipd_jax.errors import EngineError, UnavailableError
 from semipd_server.pb import control_pb2 as pb
@@ -87,11 +87,13 @@ class ControlClient:
         tpot_ms: float | None = None,
         priority: int | None = None,
         target: float | None = None,
+        remove: bool = False,
     ) -> pb.Partition:
         """Takes the place of what was promised to the same requests; None promises nothing. A
-        `target` of None stays as it is."""
+        `target` of None stays as it is. `remove` takes a priority's own promise away."""
         slo = pb.Slo(ttft_ms=ttft_ms, tpot_ms=tpot_ms, priority=priority)
-        return self._call(self._stub.SetSlo, pb.SetSloRequest(slo=slo, target=target)).partition
+        request = pb.SetSloRequest(slo=slo, target=target, remove=remove)
+        return self._call(self._stub.SetSlo, request).partition
 
     def watch(self, *, interval_ms: int = 1000) -> Generator[pb.Stats]:
         """Yields statistics until it is closed."""
@@ -130,8 +132,8 @@ def the_only_socket() -> Path:
     """
     found = [
         path
-        for path in Path(tempfile.gettempdir()).glob(f"semipd-*/{CONTROL_SOCKET}")
-        if path.parent.stat().st_uid == os.geteuid() and has_listener(str(path))
+        for path in (directory / CONTROL_SOCKET for directory in run_dir.of_this_user())
+        if has_listener(str(path))
     ]
     if len(found) != 1:
         raise UnavailableError(
@@ -189,6 +191,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     slo.add_argument("--tpot-ms", type=float, help="[nothing]")
     slo.add_argument("--priority", type=int, help="of requests with this priority [the others]")
     slo.add_argument("--target", type=float, help="share of requests that should meet both")
+    slo.add_argument(
+        "--remove",
+        action="store_true",
+        help="take the priority's own promise away: what the others are promised holds again",
+    )
     watch = commands.add_parser("watch", help="statistics, one line of JSON each time")
     watch.add_argument("--interval-ms", type=int, default=1000)
     return parser

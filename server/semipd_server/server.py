@@ -47,7 +47,7 @@ class Server:
         self._server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(gate.calls),
-                AuthInterceptor(Keys(settings.api_keys)),
+                AuthInterceptor(Keys(settings.api_keys), health.METHODS),
                 MessageInterceptor(),
                 LimitInterceptor(gate.calls, max_rpcs, {*health.METHODS, reflection.METHOD}),
             ],

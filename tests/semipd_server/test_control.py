@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 from functools import partial
 
 import grpc
@@ -59,11 +60,13 @@ def test_partition_and_promises_are_read_and_changed(start: Start):
             await call(rig, "set_partition", prefill_share=0.5)
             await call(rig, "set_partition", policy="predictive")
             await call(rig, "set_slo", ttft_ms=300, tpot_ms=50, priority=2, target=0.95)
-            asked, shared, policy, promised = rig.fake.changes
+            await call(rig, "set_slo", priority=2, remove=True)
+            asked, shared, policy, promised, removed = rig.fake.changes
             assert asked == SetPartition(asked.query_id)
             assert shared == SetPartition(shared.query_id, 0.5, None, None)
             assert policy == SetPartition(policy.query_id, None, None, "predictive")
             assert promised == SetSlo(promised.query_id, Slo(300.0, 50.0, 2), 0.95)
+            assert removed == SetSlo(removed.query_id, Slo(None, None, 2), remove=True)
 
     asyncio.run(main())
 
@@ -83,6 +86,8 @@ def test_partition_and_promises_are_read_and_changed(start: Start):
         ("set_slo", {"ttft_ms": -1.0}, "ttft_ms is -1.0"),
         ("set_slo", {"tpot_ms": float("inf")}, "tpot_ms is inf"),
         ("set_slo", {"target": 1.0}, "target is 1.0"),
+        ("set_slo", {"remove": True}, "remove is True"),
+        ("set_slo", {"remove": True, "priority": 1, "ttft_ms": 9.0}, "remove is True"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(start: Start, method, fields, named):
@@ -271,19 +276,19 @@ def test_a_path_that_cannot_be_a_socket_is_refused(tmp_path, path, named):
 
 def test_a_client_finds_the_only_server(tmp_path, monkeypatch):
     """One that was killed left its socket behind."""
-    monkeypatch.setattr(control_client.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def bind(name: str) -> socket.socket:
-        (tmp_path / f"semipd-{name}").mkdir()
+        (tmp_path / f"semipd-engine-{name}").mkdir()
         bound = socket.socket(socket.AF_UNIX)
-        bound.bind(str(tmp_path / f"semipd-{name}" / "control.sock"))
+        bound.bind(str(tmp_path / f"semipd-engine-{name}" / "control.sock"))
         return bound
 
     with bind("killed"), bind("a") as a, bind("b") as b:
         with pytest.raises(UnavailableError, match="0 servers"):
             control_client.the_only_socket()
         a.listen()
-        assert control_client.the_only_socket() == tmp_path / "semipd-a" / "control.sock"
+        assert control_client.the_only_socket() == tmp_path / "semipd-engine-a" / "control.sock"
         b.listen()
         with pytest.raises(UnavailableError, match="2 servers"):
             control_client.the_only_socket()
@@ -305,9 +310,11 @@ def test_the_command_shows_and_changes(start: Start, capsys):
             assert shown["decode"]["warm"] == [0.5, 1.0]
             assert await command(rig, "slo", "--ttft-ms", "300", "--target", "0.95") == 0
             assert await command(rig, "set", "--policy", "predictive") == 0
-            slo, policy = rig.fake.changes[1:]
+            assert await command(rig, "slo", "--priority", "5", "--remove") == 0
+            slo, policy, removed = rig.fake.changes[1:]
             assert (slo.slo, slo.target) == (Slo(300.0, None, None), 0.95)
             assert policy.policy == "predictive"
+            assert (removed.slo, removed.remove) == (Slo(priority=5), True)
             assert await command(rig, "set", "--decode-share", "2") == 1
             assert "decode_share is 2.0; allowed" in capsys.readouterr().err
 

@@ -336,6 +336,11 @@ def test_promises_are_replaced(engine):
     assert error is None
     assert partition.slos == (Slo(100.0, None), Slo(None, 20.0, 7))
     assert partition.slo_target == 0.95
+    for _ in range(2):  # there may be none
+        partition, error = engine.change(SetSlo(3, Slo(priority=7), remove=True))
+        assert error is None
+        assert partition.slos == (Slo(100.0, None),)
+    assert engine.shares.targets.of(7) == SloTarget(100.0, None)
 
 
 # ------------------------------------------------------------ all of it
