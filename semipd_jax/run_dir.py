@@ -1,8 +1,8 @@
 """The private directory of one engine's sockets.
 
-Whoever needs it holds a shared lock on it (flock(2), which the kernel drops with the last process
-that has the descriptor). So an engine that was killed leaves a directory that nobody holds, and the
-next engine of this user to start removes it.
+The launcher, and whoever needs it for longer, hold a shared lock on it (flock(2), which the kernel
+drops with the last process that has the descriptor). So an engine that was killed leaves a
+directory that nobody holds, and the next engine of this user to start removes it.
 """
 
 import contextlib

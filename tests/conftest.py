@@ -23,20 +23,19 @@ settings.load_profile("semipd")
 
 
 _ENGINES: Final = ("e2e", "semipd_server", "semipd_jax/launch")
-"""Folders whose tests start engines or servers: one at a time, as a machine may have two cores."""
+"""Folders with most of the tests that start engines or servers: these run one after another."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engines first, by one process; each other file is run by one as well."""
-    tests = Path(__file__).parent
+    folders = [Path(__file__).parent / name for name in _ENGINES]
 
-    def folder_of(item: pytest.Item) -> str | None:
-        path = item.path.relative_to(tests)
-        return next((name for name in _ENGINES if path.is_relative_to(name)), None)
+    def has_engines(item: pytest.Item) -> bool:
+        return any(item.path.is_relative_to(folder) for folder in folders)
 
-    items.sort(key=lambda item: folder_of(item) is None)
+    items.sort(key=lambda item: not has_engines(item))
     for item in items:
-        group = "engines" if folder_of(item) else str(item.path)
+        group = "engines" if has_engines(item) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
