@@ -13,11 +13,15 @@ from semipd_jax.tuner.latency import FEATURES
 from semipd_jax.tuner.profile import Profile, Sizes
 
 
-def coefficients(phase: Phase, **seconds: float) -> np.ndarray:
+def named(phase: Phase, **seconds: float) -> dict[str, float]:
     """In the order of FEATURES; what is not named is 0."""
     values = dict.fromkeys(FEATURES[phase], 0.0)
     assert seconds.keys() <= values.keys()
-    return np.array(list((values | seconds).values()))
+    return values | seconds
+
+
+def coefficients(phase: Phase, **seconds: float) -> np.ndarray:
+    return np.array(list(named(phase, **seconds).values()))
 
 
 TRUTH: Final[Mapping[Phase, np.ndarray]] = MappingProxyType(
@@ -50,15 +54,10 @@ def save_profile(path: Path, sizes: Sizes | None = None) -> str:
         saturation=1.0,
         yielding={"prefill": 0.0, "decode": 0.0},
         coefficients={
-            "prefill": {"fixed": 1e-3, "weights": 2e-3, "tokens": 2e-2, "pairs": 1e-3}
-            | {"reads": 0.0, "contention": 1e-2},
-            "decode": {"fixed": 1e-3, "weights": 2e-3, "context": 1e-2, "rows": 1e-2}
-            | {
-                "products": 0.0,
-                "batched": 0.0,
-                "weights_contention": 1e-3,
-                "context_contention": 1e-2,
-            },
+            "prefill": named("prefill", fixed=1e-3, weights=2e-3, tokens=2e-2, pairs=1e-3)
+            | {"contention": 1e-2},
+            "decode": named("decode", fixed=1e-3, weights=2e-3, context=1e-2, rows=1e-2)
+            | {"weights_contention": 1e-3, "context_contention": 1e-2},
         },
     )
     path.write_text(profile.to_json(made))

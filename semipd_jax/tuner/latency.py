@@ -3,16 +3,17 @@
 Roofline terms, linear in coefficients ≥ 0. With s the effective share, b = min(1, s / saturation)
 the reachable fraction of the memory bandwidth, and a = 1 while the other phase runs (else 0):
 
-  prefill  fixed + weights / b + tokens · n / s + pairs · m / s + reads · m / b +
-           a · contention · n / s
+  prefill  fixed + (weights + context · c + reads · m + activations · n) / b +
+           (products + tokens · n + pairs · m) / s + a · contention · n / s
   decode   fixed + weights / b + context · c / b + (products + batched · [n > 1] + rows · n) / s +
            a · (weights_contention + context_contention · c) / b
 
 where n counts query tokens, m pairs of query and key, c context tokens (`tuner.work`). Programs
 have fixed shapes, so n is the size that a step is padded to (`Padding`); padding reads no context.
-Attention computes pairs, and reads keys again for every block of queries. One row's products are of
-a matrix and a vector, those of more are of matrices, by other code: on a CPU two rows cost nearly
-twice as much as one, and eight hardly more than four.
+Attention computes pairs, reads each key once, and again for every block of queries. `products` are
+those of every step, however small. One row's products are of a matrix and a vector, those of more
+are of matrices, by other code: on a CPU two rows cost nearly twice as much as one, and eight hardly
+more than four.
 
 The effective share is the worker's own as long as both shares fit on the device. Beyond that it is
 at least own / (own + other), "the two phases share 100%" (semi-PD, arXiv 2504.19867, section 5),
@@ -38,9 +39,12 @@ FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
     "prefill": {
         "fixed": 1,
         "weights": 1,
+        "context": 1e5,
+        "reads": 1e6,
+        "activations": 1e3,
+        "products": 1,
         "tokens": 1e3,
         "pairs": 1e6,
-        "reads": 1e6,
         "contention": 1e3,
     },
     "decode": {
@@ -158,14 +162,17 @@ class LatencyModel:
         return np.array(self._coefficients[phase])
 
     def terms(self, work: Work) -> Terms:
+        contexts = work.context_tokens / 1e5
         if work.phase == "prefill":
-            fixed, weights, tokens, pairs, reads, contention = self._coefficients["prefill"]
+            (
+                fixed, weights, context, reads, activations, products, tokens, pairs, contention
+            ) = self._coefficients["prefill"]  # fmt: skip
             num_tokens = self._padded("prefill", work.num_tokens) / 1e3
             num_pairs = work.num_pairs / 1e6
             return Terms(
                 fixed,
-                weights + reads * num_pairs,
-                tokens * num_tokens + pairs * num_pairs,
+                weights + context * contexts + reads * num_pairs + activations * num_tokens,
+                products + tokens * num_tokens + pairs * num_pairs,
                 0.0,
                 contention * num_tokens,
                 self.saturation,
@@ -174,7 +181,6 @@ class LatencyModel:
         (
             fixed, weights, context, products, batched, rows, weights_slowed, context_slowed
         ) = self._coefficients["decode"]  # fmt: skip
-        contexts = work.context_tokens / 1e5
         num_rows = self._padded("decode", work.num_rows)
         return Terms(
             fixed,
@@ -200,6 +206,7 @@ class LatencyModel:
 
     def _features(self, work: Work, share: float, active: float) -> Float64[np.ndarray, " k"]:
         per_compute, per_memory = 1 / share, 1 / min(1.0, share / self.saturation)
+        contexts = work.context_tokens / 1e5
         if work.phase == "prefill":
             tokens = self._padded("prefill", work.num_tokens) / 1e3
             pairs = work.num_pairs / 1e6
@@ -207,13 +214,15 @@ class LatencyModel:
                 [
                     1.0,
                     per_memory,
+                    contexts * per_memory,
+                    pairs * per_memory,
+                    tokens * per_memory,
+                    per_compute,
                     tokens * per_compute,
                     pairs * per_compute,
-                    pairs * per_memory,
                     active * tokens * per_compute,
                 ]
             )
-        contexts = work.context_tokens / 1e5
         rows = self._padded("decode", work.num_rows)
         return np.array(
             [

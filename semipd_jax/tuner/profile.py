@@ -18,7 +18,7 @@ from semipd_jax.errors import ConfigError
 from semipd_jax.messages import MemoryLayout, Phase
 from semipd_jax.tuner.latency import CONTENTION, FEATURES, LatencyModel, Padding, Sample
 
-SCHEMA: Final = "semipd.latency/2"
+SCHEMA: Final = "semipd.latency/3"
 _YIELDINGS: Final = tuple(i / 10 for i in range(11))
 
 _SAME_WEIGHTS: Final = 0.05

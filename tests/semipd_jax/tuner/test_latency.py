@@ -18,7 +18,7 @@ from semipd_jax.tuner.latency import (
 from semipd_jax.tuner.rls import RecursiveLeastSquares
 from semipd_jax.tuner.work import Work, work_of
 
-PREFILL = np.array([1e-3, 5e-3, 25e-3, 2e-3, 1e-3, 4e-3])
+PREFILL = np.array([5e-3, 5e-3, 1e-1, 1e-3, 3e-3, 5e-3, 25e-3, 2e-3, 4e-3])
 DECODE = np.array([1e-3, 6e-3, 8e-3, 1e-3, 2e-3, 1e-3, 1e-3, 2e-3])
 
 YIELDING = {"prefill": 0.3, "decode": 0.0}
@@ -127,8 +127,9 @@ def samples(rng, model, num, *, noise=0.02, outliers=0.0):
         work = Work("decode", rows, rows, contexts, contexts)
         if rng.random() < 0.5:
             tokens = int(rng.integers(16, 4096))
-            pairs = tokens * int(rng.integers(tokens // 2 + 1, 8000))
-            work = Work("prefill", 1, tokens, 8000, pairs)
+            earlier = int(rng.integers(0, 8000))
+            pairs = tokens * earlier + tokens * (tokens + 1) // 2
+            work = Work("prefill", 1, tokens, earlier + tokens, pairs)
         own, other = rng.choice([0.2, 0.4, 0.6, 0.8, 1.0], 2)
         conditions = Conditions(float(own), float(other), float(rng.integers(0, 2)))
         factor = float(np.exp(noise * rng.standard_normal()))
@@ -191,7 +192,7 @@ def test_hours_without_a_kind_of_step_do_not_wear_out_what_the_prior_says_of_it(
 
 def test_fit_recovers_a_model_and_a_file_keeps_it():
     rng, model = np.random.default_rng(2), true_model()
-    fitted = profile.fit(samples(rng, model, 2000), saturation=1 / 3)
+    fitted = profile.fit(samples(rng, model, 2000, noise=1e-3), saturation=1 / 3)
     np.testing.assert_allclose(fitted.get("prefill"), PREFILL, rtol=0.1)
     np.testing.assert_allclose(fitted.get("decode"), DECODE, rtol=0.1)
     assert fitted.yielding == YIELDING
