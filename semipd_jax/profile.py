@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax
     logs.configure("profile", config.log_level, config.log_format)
     try:
         made = measure(config, _Bar())
-    except EngineError as error:
+    except (EngineError, ValueError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     output.write_text(profile.to_json(made))
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m semipd_jax
 
 
 def measure(config: EngineConfig, on_progress: "_Bar") -> Profile:
-    """Raises the EngineError that prevented it."""
+    """Raises the EngineError that prevented it, or ValueError: the model's longest request is so
+    short that steps cannot be told apart."""
     told: queue.SimpleQueue[EngineError | None] = queue.SimpleQueue()
 
     def take(name: str, progress: Progress) -> None:
@@ -89,7 +90,7 @@ def measure(config: EngineConfig, on_progress: "_Bar") -> Profile:
 def fitted(
     samples: Sequence[Sample], config: EngineConfig, device: str, layout: MemoryLayout
 ) -> Profile:
-    """The profile that fits best."""
+    """The profile that fits best. Raises ValueError if there are too few samples to tell."""
 
     def error(model: LatencyModel) -> float:
         return sum(profile.mean_error(model, samples).values())

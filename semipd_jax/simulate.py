@@ -39,16 +39,18 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     rate = args.rate if args.rate is not None else workload.rate
     head = report.simulated(setup.platform, workload, setup.targets) | {"rate_per_device": rate}
     rows: dict[str, Any] = {}
+    took_s: dict[str, float] = {}
     for system in systems:
         started = time.perf_counter()
         rows[system.name] = report.summary(run_at(system, setup, workload, rate), setup.targets)
-        seconds = time.perf_counter() - started
-        print(f"{system.name}: simulated in {seconds:.1f} s", file=sys.stderr, flush=True)
+        took_s[system.name] = round(time.perf_counter() - started, 1)
+        text = f"{system.name}: simulated in {took_s[system.name]} s"
+        print(text, file=sys.stderr, flush=True)
     print(report.heading(head))
     print(f"{rate:.2f} requests/s and device\n")
     cells = [report.run_row(name, row) for name, row in rows.items()]
     print(report.table(report.RUN_COLUMNS, cells))
-    return head | {"systems": rows}
+    return head | {"systems": rows, "simulated_in_s": took_s}
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

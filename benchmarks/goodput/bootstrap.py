@@ -1,6 +1,7 @@
 """Confidence intervals from repetitions: percentiles of means over resampled seeds.
 
-With few seeds they are rough, and never wider than the seeds are apart.
+With few seeds they are rough, and never wider than the seeds are apart; with two or three they are
+exactly that range.
 """
 
 from collections.abc import Sequence

@@ -20,6 +20,7 @@ PAPER_RATIOS: Final[Mapping[str, float]] = {
 }
 """semi-PD's goodput over that of the system (arXiv 2504.19867, figure 15)."""
 _SWITCHES: Final = tuple(f"{phase}_num_switches" for phase in PHASES)
+_INTERVALS: Final = "(95 % bootstrap interval of repetitions; of two or three, their range)"
 _ABOVE: Final = ("semi-pd", "predictive", OURS)
 
 type Loads = Sequence[Mapping[str, Any]]
@@ -29,12 +30,12 @@ type Loads = Sequence[Mapping[str, Any]]
 def markdown(loads: Loads) -> str:
     parts = [f"{heading(load)}\n{_run(load['run'])}\n" for load in loads]
     parts += [
-        "Goodput, requests per second and device (95 % interval of repetitions):\n",
+        f"Goodput, requests per second and device {_INTERVALS}:\n",
         goodputs(loads),
         "",
     ]
     if ratio_rows := ratios(loads):
-        parts += ["Ratios of goodput (95 % interval of repetitions):\n", ratio_rows, ""]
+        parts += [f"Ratios of goodput {_INTERVALS}:\n", ratio_rows, ""]
     for load in loads:
         better = load.get("better_statics")
         if better is not None:

@@ -62,7 +62,7 @@ def prefill_shapes(layout: MemoryLayout, max_batched_tokens: int) -> list[Shape]
     """From a short prompt to a full chunk at the end of the longest one."""
     longest = layout.max_model_len - 1
     most = min(max_batched_tokens, longest)
-    sizes = sorted({max(most // 16, 1), max(most // 4, 1), most})
+    sizes = sorted({max(most // part, 1) for part in (16, 4, 2, 1)})
     contexts = {n: sorted({n, min(4 * n, longest), longest}) for n in sizes}
     return [Shape("prefill", 1, n, c) for n in sizes for c in contexts[n]]
 

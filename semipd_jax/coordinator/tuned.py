@@ -141,14 +141,13 @@ class TunedShares(ShareControl[Phase]):
     def _take(self, decision: Decision, phase: Phase) -> None:
         now_s, share = self._clock(), decision.shares.of(phase)
         self._latest = _Decided(decision, phase, now_s)
-        if share == self.asked[phase]:
-            return
         self._log(decision, phase, now_s)
         self.asked[phase] = share
 
     def _log(self, decision: Decision, phase: Phase, now_s: float) -> None:
-        """At the level info once a second at most; all others at the level debug."""
-        is_due = now_s - self._logged_s >= _LOG_EVERY_S
+        """Changes at the level info once a second at most; all else at the level debug."""
+        is_change = decision.shares.of(phase) != self.asked[phase]
+        is_due = is_change and now_s - self._logged_s >= _LOG_EVERY_S
         level = logging.INFO if is_due else logging.DEBUG
         if _log.isEnabledFor(level):
             record = {
@@ -160,10 +159,11 @@ class TunedShares(ShareControl[Phase]):
                 "not_at_info": self._num_unlogged,
             }
             text = msgspec.json.encode(record).decode()
-            _log.log(level, "share changes: %s", text, extra={"fields": record})
+            what = "changes" if is_change else "stays"
+            _log.log(level, "share %s: %s", what, text, extra={"fields": record})
         if is_due:
             self._logged_s, self._num_unlogged = now_s, 0
-        else:
+        elif is_change:
             self._num_unlogged += 1
 
     # ------------------------------------------------------------ after a step

@@ -38,27 +38,29 @@ from semipd_jax.tuner.work import Work
 FEATURES: Final[Mapping[Phase, Mapping[str, float]]] = {
     "prefill": {
         "fixed": 1,
+        "products": 1,
         "weights": 1,
         "context": 1e5,
         "reads": 1e6,
         "activations": 1e3,
-        "products": 1,
         "tokens": 1e3,
         "pairs": 1e6,
         "contention": 1e3,
     },
     "decode": {
         "fixed": 1,
+        "products": 1,
         "weights": 1,
         "context": 1e5,
-        "products": 1,
         "batched": 1,
         "rows": 1e2,
         "weights_contention": 1,
         "context_contention": 1e5,
     },
 }
-"""Coefficient → the amount that it is the seconds of."""
+"""Coefficient → the amount that it is the seconds of. A fit counts what it cannot tell apart, such
+as all constants if there is one share, as the last of these: as reading the weights, or else as
+arithmetic."""
 
 CONTENTION: Final = frozenset(("contention", "weights_contention", "context_contention"))
 """Coefficients of what a running neighbour adds."""
@@ -165,7 +167,7 @@ class LatencyModel:
         contexts = work.context_tokens / 1e5
         if work.phase == "prefill":
             (
-                fixed, weights, context, reads, activations, products, tokens, pairs, contention
+                fixed, products, weights, context, reads, activations, tokens, pairs, contention
             ) = self._coefficients["prefill"]  # fmt: skip
             num_tokens = self._padded("prefill", work.num_tokens) / 1e3
             num_pairs = work.num_pairs / 1e6
@@ -179,7 +181,7 @@ class LatencyModel:
                 self.yielding["prefill"],
             )
         (
-            fixed, weights, context, products, batched, rows, weights_slowed, context_slowed
+            fixed, products, weights, context, batched, rows, weights_slowed, context_slowed
         ) = self._coefficients["decode"]  # fmt: skip
         num_rows = self._padded("decode", work.num_rows)
         return Terms(
@@ -213,11 +215,11 @@ class LatencyModel:
             return np.array(
                 [
                     1.0,
+                    per_compute,
                     per_memory,
                     contexts * per_memory,
                     pairs * per_memory,
                     tokens * per_memory,
-                    per_compute,
                     tokens * per_compute,
                     pairs * per_compute,
                     active * tokens * per_compute,
@@ -227,9 +229,9 @@ class LatencyModel:
         return np.array(
             [
                 1.0,
+                per_compute,
                 per_memory,
                 contexts * per_memory,
-                per_compute,
                 (rows > 1) * per_compute,
                 rows / 1e2 * per_compute,
                 active * per_memory,

@@ -56,7 +56,17 @@ class Predictive:
             self._reason(pairs, choice),
             pairs.prefill_s(choice),
             pairs.decode_s(choice),
-            (("kv_used", kv_used), ("budget_s", budget_s)),
+            (
+                ("kv_used", kv_used),
+                ("budget_s", budget_s),
+                ("prefill_tokens", float(prefill.num_tokens)),
+                ("prefill_context_tokens", float(prefill.context_tokens)),
+                ("prefill_pairs", float(prefill.num_pairs)),
+                ("decode_rows", float(decode.num_rows)),
+                ("decode_context_tokens", float(decode.context_tokens)),
+                ("prefill_share", observation.shares.prefill),
+                ("decode_share", observation.shares.decode),
+            ),
         )
 
     def _choose(self, pairs: "_Pairs", observation: Observation) -> Shares:

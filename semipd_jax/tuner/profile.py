@@ -22,6 +22,7 @@ SCHEMA: Final = "semipd.latency/3"
 _YIELDINGS: Final = tuple(i / 10 for i in range(11))
 
 _SAME_WEIGHTS: Final = 0.05
+_ALIKE: Final = 1e-9
 
 type Source = Literal["modelled", "measured"]
 
@@ -187,14 +188,16 @@ def _non_negative(
     rows: Float64[np.ndarray, "n k"], wanted: Float64[np.ndarray, " n"]
 ) -> Float64[np.ndarray, " k"]:
     """Coefficients ≥ 0 with rows · coefficients near `wanted`: negative ones are left out, one by
-    one."""
-    columns = list(range(rows.shape[1]))
+    one. Of columns in proportion to each other the last one counts."""
+    scale = np.maximum(np.linalg.norm(rows, axis=0), np.finfo(float).tiny)
+    unit = rows / scale
+    alike = np.triu(unit.T @ unit > 1 - _ALIKE, k=1)
+    columns = np.flatnonzero(~alike.any(axis=1)).tolist()
     while True:
-        scale = np.maximum(np.linalg.norm(rows[:, columns], axis=0), np.finfo(float).tiny)
-        kept, *_ = np.linalg.lstsq(rows[:, columns] / scale, wanted)
+        kept, *_ = np.linalg.lstsq(unit[:, columns], wanted)
         if (kept >= 0).all() or len(columns) == 1:
             break
         del columns[int(kept.argmin())]
     coefficients = np.zeros(rows.shape[1])
-    coefficients[columns] = np.maximum(kept / scale, 0.0)
+    coefficients[columns] = np.maximum(kept / scale[columns], 0.0)
     return coefficients

@@ -1,17 +1,21 @@
 """The comparison of simulations with servers, these made of a simulation themselves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from modelled_profile import save_profile
 
 from benchmarks import agreement
-from benchmarks.agreement import Pair, main, print_agreement
-from tests.modelled_profile import save_profile
+from benchmarks.agreement import Search, main, print_agreement
 
 LOAD = ["--num-requests", "20", "--length-scale", "0.2", "--precision", "0.3"]
-LOAD += ["--start-rate", "50"]
 LOAD += ["--slo-ttft-ms", "100", "--slo-tpot-ms", "100", "--max-num-seqs", "8"]
+LOAD += ["--start-rate", "50"]
+GIVEN = ["--model", "m", "--kv-tokens", "4096", "--systems", "chunked", *LOAD]
+SERVER = ["--", "--max-num-seqs", "8"]
+HOST_MS = 0.25
 
 
 @pytest.fixture
@@ -37,47 +41,75 @@ def calls(tmp_path, monkeypatch):
         if "--model" not in words:
             ran.append(("simulate",))
             return simulate(words)
-        ran.append(
-            ("measure", words[words.index("--systems") + 1], words[words.index("--seed") + 1])
-        )
-        i, end = words.index("--model"), words.index("--")
-        given = [*words[:i], "--profile", truth, "--kv-tokens", "4096", *words[i + 2 : end]]
-        assert words[end + 1 :] == ["--max-num-seqs", "8"]
-        return simulate(given)
+        at, end = words.index("--model"), words.index("--")
+        assert words[end:] == SERVER
+        ran.append(("measure", *(words[words.index(f) + 1] for f in ("--systems", "--seed"))))
+        device = ["--profile", truth, "--kv-tokens", "4096", "--host-ms", str(HOST_MS)]
+        status = simulate([*words[:at], *device, *words[at + 2 : end]])
+        saved = Path(words[words.index("--out") + 1]) / "goodput.json"
+        result = json.loads(saved.read_text())
+        (seed,) = result["loads"][0]["systems"]["chunked"]["seeds"]
+        seed["at_goodput"]["counters"]["host_ms_per_token"] = HOST_MS
+        saved.write_text(json.dumps(result))
+        return status
 
     monkeypatch.setattr(agreement.profile, "main", take_profile)
     monkeypatch.setattr(agreement.goodput, "main", search)
     return ran
 
 
-def test_every_search_is_between_two_profiles_that_are_both_simulated(calls, tmp_path, capsys):
+def test_every_search_is_between_two_profiles_and_simulated_with_both(calls, tmp_path, capsys):
     out = tmp_path / "agreement.json"
-    given = ["--model", "m", "--kv-tokens", "4096", "--systems", "chunked", *LOAD]
-    given += ["--repeat", "2", "--seed", "3", "--out", str(out), "--", "--max-num-seqs", "8"]
-    assert main(given) == 0
+    assert main([*GIVEN, "--repeat", "2", "--seed", "3", "--out", str(out), *SERVER]) == 0
     a_profile = ("profile", "--share-ladder", "0.5,1.0", "--max-num-seqs", "8")
-    expected = [a_profile]
-    for seed in ("3", "4"):
-        expected += [("measure", "chunked", seed), a_profile, ("simulate",), ("simulate",)]
-    assert calls == expected
+    measured = [("measure", "chunked", "3"), a_profile, ("measure", "chunked", "4"), a_profile]
+    assert calls == [a_profile, *measured, *[("simulate",)] * 4]
     result = json.loads(out.read_text())
     assert len(result["profiles"]) == 3
-    for n, pair in enumerate(result["pairs"]):
-        same, slow = reversed(pair["simulated"]) if n % 2 else pair["simulated"]
-        assert same == pair["measured"] > slow > 0
-        assert max(rate for rate, attained in pair["trials"] if attained >= 0.9) == same
-    assert "chunked  mean" in capsys.readouterr().out
+    for n, search in enumerate(result["searches"]):
+        same, slow = reversed(search["simulated"]) if n % 2 else search["simulated"]
+        assert same == search["measured"] > slow > 0
+        assert max(rate for rate, attained in search["trials"] if attained >= 0.9) == same
+    first = capsys.readouterr().out
+    calls.clear()
+    assert main(["--from", str(out), "--out", str(out)]) == 0
+    assert calls == [("simulate",)] * 4
+    assert json.loads(out.read_text()) == result
+    assert capsys.readouterr().out == first
 
 
-def test_what_fails_is_told(calls, tmp_path):
-    given = ["--model", "m", "--kv-tokens", "4096", "--out", str(tmp_path / "x"), *LOAD]
-    with pytest.raises(SystemExit, match=r"status 2 of: .*--slo-target 2"):
-        main([*given, "--slo-target", "2", "--", "--max-num-seqs", "8"])
+def test_what_was_measured_is_kept_when_something_fails(calls, tmp_path, monkeypatch):
+    out, take_profile = tmp_path / "agreement.json", agreement.profile.main
+    monkeypatch.setattr(
+        agreement.profile, "main", lambda words: 1 if len(calls) == 4 else take_profile(words)
+    )
+    with pytest.raises(SystemExit, match=r"status 1 of: --model m --output"):
+        main([*GIVEN, "--repeat", "2", "--out", str(out), *SERVER])
+    result = json.loads(out.read_text())
+    assert [search["seed"] for search in result["searches"]] == [0]
+    assert len(result["profiles"]) == 2
 
 
-def test_the_mean_over_seeds_is_of_rates(capsys):
-    one = Pair("chunked", 0, 1.0, None, (1.0, 2.0), ())
-    other = Pair("chunked", 1, 4.0, None, (3.0, 3.0), ())
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--out", "/nowhere/x"], r"out is '/nowhere/x'"),
+        (["--out", "/tmp"], r"out is '/tmp'"),
+        (["--kv-tokens", "9", "--out", "x"], "model is None"),
+        (["--model", "m", "--out", "x"], "kv_tokens is None"),
+        (["--from", "x", "--out", "x", "--num-requests", "9"], "flags is .*--num-requests"),
+        (["--from", "/nowhere/x", "--out", "x"], "No such file"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(calls, words, named, capsys):
+    assert main(words) == 2
+    assert re.search(named, capsys.readouterr().err)
+    assert not calls
+
+
+def test_means_are_of_rates_and_differences_have_no_sign(capsys):
+    one = Search("chunked", 0, 1.0, 0.0, (), (1.0, 2.0))
+    other = Search("chunked", 1, 4.0, 0.0, (), (3.0, 3.0))
     print_agreement([one, other])
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.split() == ["chunked", "mean", "2.5", "2", "2.5", "-10%"]
+    assert last.split() == ["chunked", "2.5", "2.25", "-10%", "38%"]

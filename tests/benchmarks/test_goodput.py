@@ -385,7 +385,8 @@ def test_command_measures_draws_and_draws_again(tmp_path, capsys, monkeypatch):
     at_goodput["counters"]["host_ms_per_token"] = 0.75
     (tmp_path / "moved.json").write_text(json.dumps(result))
     assert main(["--from", str(tmp_path / "moved.json"), "--out", str(tmp_path / "b")]) == 0
-    assert (tmp_path / "b/sharegpt-shares.svg").stat().st_size > 1000
+    for suffix in ("png", "svg"):
+        assert (tmp_path / f"b/sharegpt-shares.{suffix}").stat().st_size > 1000
     same = (tmp_path / side / "sharegpt-latency.svg" for side in "ab")
     assert len({path.read_bytes() for path in same}) == 1
     before, after = ((tmp_path / side / "goodput.md").read_text() for side in "ab")

@@ -19,7 +19,7 @@ from semipd_jax.runtime.buckets import padded_sizes
 from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.profiled import Profiled
 from semipd_jax.tuner import profile
-from semipd_jax.tuner.latency import Conditions, LatencyModel
+from semipd_jax.tuner.latency import CONTENTION, FEATURES, Conditions, LatencyModel
 from semipd_jax.tuner.policy import Ladders
 from semipd_jax.tuner.setup import ladders_of
 from semipd_jax.tuner.work import Work, work_of
@@ -136,6 +136,12 @@ def test_silence_ends_the_measurement():
     bench._receive = nothing  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(EngineError, match=r"decode 1 @ 64.*nothing came in 10 s"):
         bench.run(Trial({"decode": decode_shapes(layout())[0]}, {"decode": 1.0}))
+
+
+@given(st.integers(9, 9000), st.integers(16, 65536))
+def test_one_share_is_enough_to_fit_prefill(length, budget):
+    num_alone = len(FEATURES["prefill"].keys() - CONTENTION)
+    assert len(prefill_shapes(layout(max_model_len=length), budget)) >= num_alone
 
 
 @given(st.integers(2, 9000), st.integers(2, 300), st.integers(2, 600), st.integers(16, 4096))

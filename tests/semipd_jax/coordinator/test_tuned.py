@@ -242,9 +242,19 @@ def test_changes_are_logged_once_a_second_at_most(engine, told):
 
 
 def test_every_change_is_logged_at_the_level_debug(told):
-    moves = [r["to"] for r in told(logging.DEBUG, step_s=0.01) if r["phase"] == "decode"]
+    records = [r for r in told(logging.DEBUG, step_s=0.01) if r["phase"] == "decode"]
+    moves = [r["to"] for r in records if r["to"] != r["from"]]
     assert len(moves) > 10
     assert all(a != b for a, b in pairwise([1.0, *moves])), "a change is missing"
+
+
+def test_every_decision_is_logged_at_the_level_debug(engine, tuner, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("semipd_jax"), "propagate", True)
+    caplog.set_level(logging.DEBUG, "semipd_jax.coordinator.tuned")
+    engine.submit(1, prompt_len=4, max_tokens=20)
+    engine.run_all()
+    assert len(tuner.seen) == len(caplog.records) > 10
+    assert {r.getMessage().partition(":")[0] for r in caplog.records} == {"share stays"}
 
 
 @pytest.mark.parametrize("policy", ["semi-pd", "predictive"])

@@ -3,7 +3,9 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelled_profile import TRUTH
 
+from semipd_jax.config import PHASES
 from semipd_jax.errors import ConfigError
 from semipd_jax.simulator import hardware
 from semipd_jax.simulator.calibration import calibrated, samples
@@ -11,6 +13,7 @@ from semipd_jax.simulator.device import Device
 from semipd_jax.simulator.machine import Load
 from semipd_jax.simulator.profiled import Profiled
 from semipd_jax.simulator.roofline import Roofline
+from semipd_jax.tuner.latency import FEATURES, LatencyModel
 from semipd_jax.tuner.profile import mean_error
 from semipd_jax.tuner.work import Work
 
@@ -172,6 +175,20 @@ def test_a_profile_is_a_machine_too():
     fused = machine.alone_s(machine.load((decode(64, 500), prefill(1024))), 1.0)
     apart = machine.alone_s(own, 1.0) + machine.alone_s(other, 1.0)
     assert max(machine.alone_s(own, 1.0), machine.alone_s(other, 1.0)) < fused < apart
+
+
+@pytest.mark.parametrize("dear", PHASES)
+@pytest.mark.parametrize("rows", [1, 2, 64])
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_a_fused_step_of_a_profile_takes_longer_than_either_part(dear, rows, tokens):
+    """Whichever phase's steps take longer, however small they are."""
+    values = {phase: TRUTH[phase].copy() for phase in PHASES}
+    values[dear][list(FEATURES[dear]).index("weights")] *= 10
+    model = LatencyModel(values, 0.3, dict.fromkeys(PHASES, 0.0))
+    machine, parts = Profiled(model), (decode(rows, 500), prefill(tokens))
+    for share in (0.2, 1.0):
+        times = [machine.alone_s(machine.load((part,)), share) for part in parts]
+        assert max(times) < machine.alone_s(machine.load(parts), share) < sum(times)
 
 
 # ------------------------------------------------------------ device

@@ -205,7 +205,17 @@ def test_a_decision_explains_itself():
     decision = Predictive(LADDERS, targets(), model()).decide(observe())
     record = json.loads(json.dumps(decision.record()))
     assert record["shares"].keys() == {"prefill", "decode"}
-    assert record["inputs"] == {"kv_used": 0.3, "budget_s": pytest.approx(0.027)}
+    assert record["inputs"] == {
+        "kv_used": 0.3,
+        "budget_s": pytest.approx(0.027),
+        "prefill_tokens": PROMPT.num_tokens,
+        "prefill_context_tokens": PROMPT.context_tokens,
+        "prefill_pairs": PROMPT.num_pairs,
+        "decode_rows": LOAD.num_rows,
+        "decode_context_tokens": LOAD.context_tokens,
+        "prefill_share": 1.0,
+        "decode_share": 1.0,
+    }
     terms = model().terms(decode_work(64, 1000))
     expected = terms.at(decision.shares.decode, decision.shares.prefill)
     assert record["predicted_decode_s"] == pytest.approx(expected)
