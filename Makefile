@@ -22,7 +22,7 @@ serve: .venv/base              ## the demo model, or: make serve ARGS="--model D
 	$(BIN)/python -m semipd_jax.serve $(ARGS)
 
 test: .venv/dev                ## all tests, or: make test ARGS="tests/semipd_jax/scheduler"
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
 
 lint: .venv/dev                ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,21 +21,25 @@ settings.register_profile(
 settings.load_profile("semipd")
 
 
-_ENGINES: Final = ("e2e", "semipd_server", "semipd_jax/launch")
-"""Folders with most of the tests that start engines or servers: these run one after another."""
+_ENGINES: Final = ("tests/e2e/", "tests/semipd_server/", "tests/semipd_jax/launch/")
+"""Folders with most of the tests that start engines or servers."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines first, by one process; each other file is run by one as well."""
-    folders = [Path(__file__).parent / name for name in _ENGINES]
+    """Engines first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_ENGINES))
 
-    def has_engines(item: pytest.Item) -> bool:
-        return any(item.path.is_relative_to(folder) for folder in folders)
 
-    items.sort(key=lambda item: not has_engines(item))
-    for item in items:
-        group = "engines" if has_engines(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs all engines, one after another; each other file is run by one as well."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class EnginesApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "engines" if nodeid.startswith(_ENGINES) else nodeid.partition("::")[0]
+
+    return EnginesApart(config, log)
 
 
 @pytest.fixture
