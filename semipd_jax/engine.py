@@ -8,10 +8,12 @@ in one program. Options are those of `python -m semipd_jax.serve`, by the same n
 """
 
 import asyncio
+import math
 import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +26,7 @@ from semipd_jax.options import build_config
 from semipd_jax.request import Delta, Event, Finished, FinishReason, TokenLogprob, Usage
 
 _CALL_TIMEOUT_S: Final = 60.0
+_WAKE_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,18 +270,46 @@ class Engine:
 
     def _run(self, begin: Callable[[], Awaitable[Any]], *, timeout_s: float | None) -> Any:
         """The result. A caller that is interrupted, or waits in vain, ends what it asked for."""
-
-        async def run() -> Any:
-            return await begin()
-
         if not self._finalizer.alive:
             raise UnavailableError("the engine is stopped")
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        call = _Call(begin)
         try:
-            return future.result(timeout_s)
+            future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
+            _wait(future, timeout_s)
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(call.leave)
             raise
+        return future.result()
+
+
+class _Call:
+    """What a thread asked of the event loop, on which `run` and `leave` are called."""
+
+    def __init__(self, begin: Callable[[], Awaitable[Any]]) -> None:
+        self._begin = begin
+        self._task: asyncio.Task[Any] | None = None
+        self._is_wanted = True
+
+    async def run(self) -> Any:
+        if not self._is_wanted:
+            return None
+        self._task = asyncio.current_task()
+        return await self._begin()
+
+    def leave(self) -> None:
+        """The caller has gone, perhaps before it knew that the call had begun."""
+        self._is_wanted = False
+        if self._task is not None:
+            self._task.cancel()
+
+
+def _wait(future: Future[Any], timeout_s: float | None) -> None:
+    """Raises TimeoutError. Python cannot wake a thread for a signal that comes just before it
+    begins to wait, so that it wakes by itself now and then."""
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    while not wait((future,), timeout=_WAKE_S).done:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
 
 
 def _end(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

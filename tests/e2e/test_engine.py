@@ -1,9 +1,12 @@
 """The library: what happens when it is used in unforeseen ways."""
 
+import _thread
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -65,6 +68,44 @@ def test_after_stop_everything_says_so(compile_cache):
         stream.close()
 
 
+def test_a_signal_that_wakes_no_thread_interrupts_nevertheless(small):
+    """As one does that comes just before the thread begins to wait."""
+    before = small.stats().num_output_tokens
+
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while not small.stats().num_running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        _thread.interrupt_main()
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        small.generate(PROMPT, max_tokens=2000, ignore_eos=True)
+    interrupter.join()
+    wait_until_idle(small)
+    assert small.stats().num_output_tokens - before < 2000
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_interrupt_while_a_request_is_handed_over_ends_it(small, monkeypatch, has_begun):
+    hand_over = asyncio.run_coroutine_threadsafe
+    before = small.stats().num_output_tokens
+
+    def interrupted(coroutine, loop):
+        hand_over(coroutine, loop)
+        monkeypatch.undo()
+        if has_begun:
+            small.stats()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small.generate(PROMPT, max_tokens=2000, ignore_eos=True)
+    wait_until_idle(small)
+    assert small.stats().num_output_tokens - before < 2000
+
+
 SLOW_TYPES = """
 import sys, threading, time
 
@@ -92,8 +133,9 @@ def test_workers_start_wherever_python_switches_between_threads(
 @pytest.mark.parametrize("how", ["forgotten", "ctrl-c"])
 def test_a_program_that_ends_leaves_nothing(compile_cache, how):
     code = """
-import sys
+import signal, sys
 from semipd_jax import Engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they run in &
 small = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
 engine = Engine(sys.argv[1], compile_cache_dir=sys.argv[2], **small)
 stream = engine.stream([5, 6, 7], max_tokens=1500, ignore_eos=True)
