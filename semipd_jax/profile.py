@@ -30,7 +30,9 @@ from semipd_jax.tuner.latency import LatencyModel, Sample
 from semipd_jax.tuner.profile import Profile, Sizes
 from semipd_jax.tuner.setup import ladders_of
 
-_SATURATIONS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+_SATURATIONS: Final = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""The first one that fits best counts: what the ladder cannot tell apart, as all that is below its
+smallest share, is taken for the most that it can be."""
 _BAR: Final = 30
 _LINES: Final = 10  # where there is no terminal
 
@@ -98,13 +100,12 @@ def fitted(
     padding = padded_sizes(layout, config.scheduler)
     fits = (profile.fit(samples, saturation=s, padding=padding) for s in _SATURATIONS)
     model = min(fits, key=error)
-    rungs = {phase: config.shares.rungs(phase) for phase in PHASES}
-    at = "; ".join(f"{p} at {', '.join(f'{s:g}' for s in shares)}" for p, shares in rungs.items())
     return Profile(
         source="measured",
         device=device,
         model=config.model.name,
-        notes=(f"{datetime.now(UTC):%Y-%m-%d}: {len(samples)} kinds of steps; {at}",),
+        notes=(f"{datetime.now(UTC):%Y-%m-%d}: {len(samples)} kinds of steps",),
+        rungs={phase: config.shares.rungs(phase) for phase in PHASES},
         sizes=Sizes.of(layout),
         saturation=model.saturation,
         yielding=model.yielding,

@@ -188,6 +188,7 @@ def _server_flags(args: argparse.Namespace, system: System, targets: SloTargets)
         chunk_tokens=args.chunk_tokens,
         whole_tokens=args.whole_tokens,
         max_num_seqs=args.max_num_seqs,
+        ageing_tokens_per_s=args.ageing_tokens_per_s,
     )
     own = flags_of(system, targets, flags.ladders_of(args), args.profile)
     return [*own, *limits, *args.server]

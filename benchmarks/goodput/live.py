@@ -66,10 +66,15 @@ def limits_of(
     chunk_tokens: int | None,
     whole_tokens: int | None,
     max_num_seqs: int | None,
+    ageing_tokens_per_s: float | None,
 ) -> list[str]:
     """Flags of the server for what is given, as `Setup` describes it; else its own defaults."""
     budget = whole_tokens if system.kind == "colocated" else chunk_tokens
-    limits = {"--max-num-batched-tokens": budget, "--max-num-seqs": max_num_seqs}
+    limits = {
+        "--max-num-batched-tokens": budget,
+        "--max-num-seqs": max_num_seqs,
+        "--ageing-tokens-per-s": ageing_tokens_per_s,
+    }
     return [str(word) for limit in limits.items() if limit[1] is not None for word in limit]
 
 

@@ -110,6 +110,10 @@ def ratios(loads: Loads) -> str:
             cells = [_ratio(load["systems"], above, below) for load in loads]
             if any(cell != "-" for cell in cells):
                 rows.append([f"{above} / {below}", f"{paper:.2f}", *cells])
+    for below in (f"{baseline}+spf" for baseline in PAPER_RATIOS):
+        cells = [_ratio(load["systems"], OURS, below) for load in loads]
+        if any(cell != "-" for cell in cells):
+            rows.append([f"{OURS} / {below}", "", *cells])
     return table(["ratio", "paper", *(load["workload"] for load in loads)], rows) if rows else ""
 
 

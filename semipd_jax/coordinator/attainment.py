@@ -35,29 +35,32 @@ class Attainment:
         self._times: deque[tuple[float, FinishedRequest]] = deque(maxlen=_MAX_TIMES)
 
     def add(self, ending: Ending, targets: SloTargets, now_s: float) -> FinishedRequest | None:
-        """Takes in a request's end; its times, unless its client left or it failed."""
+        """Takes in a request's end; its times, unless it failed or its client left while it could
+        still have been in time."""
         if ending.error is not None:
             self.missed(now_s)
             return None
         times = finished_request(ending)
         target = targets.of(times.priority)
         if ending.reason is FinishReason.ABORT:
-            self.left(times.ttft_s, target, now_s, tpot_s=times.tpot_s)
-            return None
+            is_missed = self.left(times.ttft_s, target, now_s, tpot_s=times.tpot_s)
+            return times if is_missed else None
         self._take(now_s, times, is_met=self._judge(times, target))
         return times
 
     def left(
         self, ttft_s: float, target: SloTarget, now_s: float, *, tpot_s: float | None = None
-    ) -> None:
+    ) -> bool:
         """A client left. Nobody knows how its request would have ended: it counts only if a promise
-        was broken by then.
+        was broken by then. Returns whether one was.
 
         Args:
           ttft_s: to the first token, or to the end if there was none.
         """
-        if not target.is_met(ttft_s=ttft_s, tpot_s=tpot_s):
+        is_missed = not target.is_met(ttft_s=ttft_s, tpot_s=tpot_s)
+        if is_missed:
             self.missed(now_s)
+        return is_missed
 
     def missed(self, now_s: float) -> None:
         """A request failed, or was turned away because there was no room for it."""

@@ -42,6 +42,7 @@ class _Decided:
     decision: Decision
     phase: Phase
     now_s: float
+    is_alone: bool
 
 
 class TunedShares(ShareControl[Phase]):
@@ -71,6 +72,8 @@ class TunedShares(ShareControl[Phase]):
         self._finished: list[FinishedRequest] = []
         self._since_s = -inf  # when the policy began: it learns from what arrives from then on
         self._latest: _Decided | None = None
+        self._decided: dict[Phase, _Decided] = {}  # of the next step
+        self._sent = dict(self.configured)  # the share of each phase's latest step
         self._logged_s = -_LOG_EVERY_S
         self._num_unlogged = 0
         self._tuner: Tuner | None = None
@@ -86,6 +89,7 @@ class TunedShares(ShareControl[Phase]):
             self._since_s = self._clock()
         self.policy, self.targets = policy, targets
         self._latest = None
+        self._decided.clear()
         self._finished = []
         if self._tuner is not None and self._tuner.refined is not None:
             self.errors = self._tuner.refined.errors
@@ -116,20 +120,23 @@ class TunedShares(ShareControl[Phase]):
             return self.asked[phase]
         beside = self._in_flight[OTHER_PHASE[phase]]
         other = None if is_alone or not beside else beside[-1].work
+        shares = self.asked | ({OTHER_PHASE[phase]: beside[-1].share} if beside else {})
         decision = self._tuner.decide(
             Observation(
                 now_s=self._clock(),
                 phase=phase,
                 prefill=work if phase == "prefill" else other,
                 decode=work if phase == "decode" else other,
-                shares=Shares(self.asked["prefill"], self.asked["decode"]),
+                shares=Shares(shares["prefill"], shares["decode"]),
                 kv_used=kv_demand(state),
                 priorities=self._decoding_priorities(),
                 finished=self._finished,
             )
         )
         self._finished = []
-        self._take(decision, phase)
+        self._latest = _Decided(decision, phase, self._clock(), is_alone)
+        self._decided[phase] = self._latest
+        self.asked[phase] = decision.shares.of(phase)
         return super().wanted(phase, is_alone=is_alone)
 
     def _decoding_priorities(self) -> frozenset[int]:
@@ -138,24 +145,22 @@ class TunedShares(ShareControl[Phase]):
             found.update(r.request.priority for r in self._scheduler.state.decoding)
         return frozenset(found or {0})
 
-    def _take(self, decision: Decision, phase: Phase) -> None:
-        now_s, share = self._clock(), decision.shares.of(phase)
-        self._latest = _Decided(decision, phase, now_s)
-        self._log(decision, phase, now_s)
-        self.asked[phase] = share
-
-    def _log(self, decision: Decision, phase: Phase, now_s: float) -> None:
-        """Changes at the level info once a second at most; all else at the level debug."""
-        is_change = decision.shares.of(phase) != self.asked[phase]
+    def _log(self, decided: _Decided, step_id: int, share: float) -> None:
+        """What a step runs at, and why. Changes at the level info once a second at most; all else
+        at the level debug."""
+        now_s, phase = self._clock(), decided.phase
+        is_change = share != self._sent[phase]
         is_due = is_change and now_s - self._logged_s >= _LOG_EVERY_S
         level = logging.INFO if is_due else logging.DEBUG
         if _log.isEnabledFor(level):
             record = {
                 "phase": phase,
-                "from": self.asked[phase],
-                "to": decision.shares.of(phase),
+                "step_id": step_id,
+                "from": self._sent[phase],
+                "to": share,
                 "policy": self.policy,
-                **decision.record(),
+                "is_alone": decided.is_alone,
+                **decided.decision.record(),
                 "not_at_info": self._num_unlogged,
             }
             text = msgspec.json.encode(record).decode()
@@ -174,6 +179,9 @@ class TunedShares(ShareControl[Phase]):
         steps.append(_InFlight(work_of(step), share))
         if len(steps) == 1:
             self._overlaps.began(phase, share, self._clock())
+        if (decided := self._decided.get(phase)) is not None:
+            self._log(decided, step.step_id, share)
+        self._sent[phase] = share
 
     def step_done(self, phase: Phase, /, device_s: float) -> None:
         steps, now_s = self._in_flight[phase], self._clock()

@@ -123,15 +123,19 @@ def prefill_buckets(
     )
 
 
+def mixed_rows(max_num_seqs: int) -> tuple[int, ...]:
+    """What the rows of a mixed step that decode are padded to: 8 or all, smallest first. Padding
+    rows cost little beside a chunk."""
+    return tuple(sorted({min(_FEW_DECODE_ROWS, max_num_seqs), max_num_seqs}))
+
+
 def mixed_buckets(
     layout: MemoryLayout, max_num_seqs: int, max_num_batched_tokens: int
 ) -> tuple[MixedBucket, ...]:
-    """Every prefill bucket with 8 and with `max_num_seqs` rows that decode, fewest tokens first:
-    padding rows cost little beside a chunk."""
-    sizes = sorted({min(_FEW_DECODE_ROWS, max_num_seqs), max_num_seqs})
+    """Every prefill bucket with every number of rows that decode, fewest tokens first."""
     buckets = [
         MixedBucket(_bucket(layout, n, n), prefill)
-        for n in sizes
+        for n in mixed_rows(max_num_seqs)
         for prefill in prefill_buckets(layout, max_num_seqs, max_num_batched_tokens)
     ]
     return tuple(sorted(buckets, key=lambda bucket: bucket.num_tokens))

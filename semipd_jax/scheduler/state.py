@@ -277,8 +277,9 @@ class SchedulerState:
 
     def num_found(self, request: RequestState, *, held: bool = False) -> int:
         """Leading tokens of a waiting request whose KV was there when it was queued and still is;
-        with `held`, in pages that somebody holds. Of a sequence the end is given up, and let go
-        of, before the beginning."""
+        with `held`, in pages that somebody holds. An estimate, for what has to be quick: it takes
+        the end of a sequence to be given up, and let go of, before the beginning, which it is
+        unless two requests computed the same pages at the same time."""
 
         def is_gone(i: int) -> bool:
             key = request.page_keys.of(i, request.token_ids)

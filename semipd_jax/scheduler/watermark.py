@@ -5,8 +5,10 @@ to give its pages back, and a new one is admitted if at each of these moments al
 use by then fit into the pool (the past-future scheduler, arXiv 2507.10150). What is expected is a
 share of what a request may still generate, and one page at least. Most requests end long before
 their limit, so the share starts at 0; each preemption raises it, and it is forgotten over the next
-few hundred decode steps, as SGLang does with its new-token ratio. Under a load that does not fit,
-preemptions are thus rare, whatever the lengths are, and pages do not lie idle for it.
+few hundred decode steps, as SGLang does with its new-token ratio. Who names no limit may generate
+as much as the model can, which says nothing about what it will: a share is taken of `_MOST_LEFT`
+at most, SGLang's number too. Under a load that does not fit, preemptions are thus rare, whatever
+the lengths are, and few pages lie idle for it.
 """
 
 from typing import Final
@@ -18,6 +20,7 @@ from semipd_jax.scheduler.state import RequestState, SchedulerState, ints, pages
 
 _RAISE: Final = 0.2
 _STEPS_TO_FORGET: Final = 600
+_MOST_LEFT: Final = 4096  # tokens
 
 
 def share_after_preemption(share: float) -> float:
@@ -68,7 +71,8 @@ class Outlook:
             np.array(column, np.int32) for column in (self._left, self._slack, self._own)
         )
         page_size, share = self._state.limits.page_size, self._state.growth_share
-        growth = np.minimum(left, np.maximum(page_size, (share * left).astype(np.int32)))
+        expected = (share * np.minimum(left, _MOST_LEFT)).astype(np.int32)
+        growth = np.minimum(left, np.maximum(page_size, expected))
         return peak_pages(growth, slack, own, page_size)
 
 

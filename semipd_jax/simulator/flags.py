@@ -5,6 +5,7 @@ seen that each of them has an effect.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,12 @@ _TRACE_MAX_LEN: Final = 131072
 _OF_MODELS: Final = {"hardware": "h100-llama-3-8b", "sharing": "conserving"}
 _OF_PROFILES: Final = {"kv_tokens": None, "block_size": 16, "hop_ms": 1.0}
 _OF_ALL: Final = {"host_ms": None, "noise": 0.03, "slo_factor": TIGHT}
-_OF_ENGINES: Final = {"chunk_tokens": 1024, "whole_tokens": 8192, "max_num_seqs": 512}
+_OF_ENGINES: Final = {
+    "chunk_tokens": 1024,
+    "whole_tokens": 8192,
+    "max_num_seqs": 512,
+    "ageing_tokens_per_s": 2000.0,
+}
 SIMULATED: Final = (*_OF_MODELS, *_OF_PROFILES, *_OF_ALL)
 """Flags that mean nothing to a server."""
 
@@ -79,6 +85,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("--chunk-tokens", type=int, help="of semi-PD's prefill and of chunked steps [1024]")
     add("--whole-tokens", type=int, help="of prefill steps without chunks [8192]")
     add("--max-num-seqs", type=int, help="requests that run at once [512]")
+    text = "spf: a second of waiting counts as this many tokens less to compute [2000]"
+    add("--ageing-tokens-per-s", type=float, help=text)
 
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:
@@ -136,6 +144,8 @@ def _lengths(args: argparse.Namespace, name: str) -> Sequence[workloads.Lengths]
 
 def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
     """Of `completed` flags. Targets that are not given follow from the load."""
+    ageing = args.ageing_tokens_per_s
+    require(0 < ageing < math.inf, "--ageing-tokens-per-s", ageing, "a positive number")
     device = _platform(args)
     target = multiple_of_alone(device.machine, workload, args.slo_factor)
     if args.slo_ttft_ms is not None:
@@ -149,6 +159,7 @@ def setup_of(args: argparse.Namespace, workload: Workload) -> Setup:
         chunk_tokens=args.chunk_tokens,
         whole_tokens=args.whole_tokens,
         max_rows=args.max_num_seqs,
+        ageing_tokens_per_s=ageing,
         noise=args.noise,
         seed=args.seed,
     )

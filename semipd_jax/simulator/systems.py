@@ -53,6 +53,7 @@ class Setup:
         default is that of vLLM's chunks in semi-PD's evaluation.
       whole_tokens: of prefill steps of engines without chunked prefill.
       max_rows: requests that run at once on a device.
+      ageing_tokens_per_s: see `scheduler.order`.
       noise: standard deviation of the logarithm of a step's time.
     """
 
@@ -62,6 +63,7 @@ class Setup:
     chunk_tokens: int = 1024
     whole_tokens: int = 8192
     max_rows: int = 512
+    ageing_tokens_per_s: float = 2000.0
     noise: float = 0.03
     seed: int = 0
 
@@ -131,6 +133,7 @@ def build(system: System, setup: Setup, workload: Workload) -> Build:
             max_num_batched_tokens=_budget(system, setup),
             max_num_queued_reqs=_NO_LIMIT,
             policy=system.order,
+            ageing_tokens_per_s=setup.ageing_tokens_per_s,
             enable_prefix_caching=has_prefixes,
         )
         environment = Environment(

@@ -194,6 +194,15 @@ class LatencyModel:
             self.yielding["decode"],
         )
 
+    def least(self, phase: Phase) -> Terms:
+        """Of any step, however small; of decode's, any that has more than one row."""
+        fixed, products, weights, *others = self._coefficients[phase]
+        if phase == "decode":
+            _, batched, *_ = others
+            products += batched
+        yielding = self.yielding[phase]
+        return Terms(fixed, weights, products, 0.0, 0.0, self.saturation, yielding)
+
     def predict(self, work: Work, conditions: Conditions) -> float:
         """Seconds of a step."""
         terms, own, part = self.terms(work), conditions.share, conditions.overlap

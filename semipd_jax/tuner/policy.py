@@ -79,7 +79,7 @@ class Observation:
     Attributes:
       prefill, decode: work of the step to be sent, and of the one in flight in the other phase;
         None if that phase has nothing to do.
-      shares: of the latest step of each phase.
+      shares: of `phase` what was chosen last, of the other phase that of its latest step.
       kv_used: part of the pages that requests hold or wait for, 0 to 1.
       priorities: classes of the requests that decode.
       finished: requests that ended since the last observation.

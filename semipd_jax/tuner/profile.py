@@ -54,6 +54,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
       notes: where the numbers come from.
       sizes: of the model, None if they are not known.
+      rungs: phase → shares at which steps were run, ascending; none if it is modelled.
       saturation: share of the device that reaches the whole memory bandwidth.
       yielding: phase → what the other phase leaves to it, see `latency.effective_share`.
       padding: sizes that steps were padded to, see `latency.Padding`.
@@ -67,6 +68,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     model: str
     notes: tuple[str, ...] = ()
     sizes: Sizes | None = None
+    rungs: dict[Phase, tuple[float, ...]] = {}
     saturation: float
     yielding: dict[Phase, float]
     padding: dict[Phase, tuple[int, ...]] = {}

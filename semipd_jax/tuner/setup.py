@@ -63,6 +63,10 @@ def check_profile(config: EngineConfig, device: str, layout: MemoryLayout) -> No
         )
     if profile.device != device:
         _log.warning("%s is a profile of the device %r, not of %r", path, profile.device, device)
+    for phase, measured in profile.rungs.items():
+        if (least := min(config.shares.rungs(phase))) < min(measured):
+            text = "%s was measured down to a share of %g for %s; the ladder goes down to %g"
+            _log.warning(text, path, min(measured), phase, least)
 
 
 def tuner_factory(

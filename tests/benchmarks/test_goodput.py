@@ -182,6 +182,14 @@ def test_tables_have_the_papers_ratios_beside_ours():
     ]
 
 
+def test_ours_is_compared_under_the_same_order_too():
+    one = load(**{"predictive+spf": [6.0], "colocated": [4.0], "colocated+spf": [5.0]})
+    assert cells(ratios([one]))[2:] == [
+        ["predictive+spf / colocated", "1.72", "1.50"],
+        ["predictive+spf / colocated+spf", "", "1.20"],
+    ]
+
+
 def test_agreement_is_of_what_both_have():
     here, there = load(static=[4.0], predictive=[6.0]), load(static=[5.0], chunked=[1.0])
     assert cells(agreement([here], [there]))[2:] == [["w", "static:1,1", "4.00", "5.00", "-20%"]]
@@ -295,17 +303,17 @@ def test_systems_are_flags_of_a_server(name, flags):
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("chunked", "--max-num-batched-tokens 64 --max-num-seqs 8"),
-        ("static:1,1", "--max-num-batched-tokens 64 --max-num-seqs 8"),
-        ("colocated", "--max-num-batched-tokens 512 --max-num-seqs 8"),
+        ("chunked", "--max-num-batched-tokens 64 --max-num-seqs 8 --ageing-tokens-per-s 9.5"),
+        ("static:1,1", "--max-num-batched-tokens 64 --max-num-seqs 8 --ageing-tokens-per-s 9.5"),
+        ("colocated", "--max-num-batched-tokens 512 --max-num-seqs 8 --ageing-tokens-per-s 9.5"),
     ],
 )
 def test_limits_of_a_simulation_are_flags_of_a_server(name, flags):
-    given = limits_of(parse(name), chunk_tokens=64, whole_tokens=512, max_num_seqs=8)
+    names = ("chunk_tokens", "whole_tokens", "max_num_seqs", "ageing_tokens_per_s")
+    given = limits_of(parse(name), **dict(zip(names, (64, 512, 8, 9.5), strict=True)))
     assert given == flags.split()
     serve._parser("serve").parse_args(given)
-    nothing = limits_of(parse(name), chunk_tokens=None, whole_tokens=None, max_num_seqs=None)
-    assert nothing == []
+    assert limits_of(parse(name), **dict.fromkeys(names)) == []
 
 
 def test_disaggregation_is_no_single_server():

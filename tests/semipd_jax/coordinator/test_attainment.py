@@ -58,6 +58,23 @@ def test_each_request_is_judged_by_what_it_was_promised(ending, counts):
     assert attainment.counts() == counts
 
 
+@pytest.mark.parametrize(
+    ("ending", "learns"),
+    [
+        (ended(queue_s=0.06), True),
+        (ended(reason=FinishReason.ABORT), False),
+        (ended(reason=FinishReason.ABORT, prefill_s=0.2, num_tokens=0), True),
+        (ended(error="a worker died", reason=FinishReason.ABORT), False),
+    ],
+)
+def test_policies_learn_of_who_left_after_a_promise_was_broken(ending, learns):
+    """Else they would see only those who were served in time."""
+    times = Attainment().add(ending, TARGETS, 0.0)
+    assert (times is not None) == learns
+    if times is not None:
+        assert times.ttft_s > 0.1
+
+
 def test_recent_requests_are_those_of_the_window():
     attainment = Attainment()
     for i in range(100):

@@ -102,6 +102,18 @@ def test_a_profile_predicts_what_was_measured(prefill_ladder):
     )
 
 
+def test_a_saturation_below_all_shares_is_taken_for_the_most_that_it_can_be():
+    """What is below the ladder is not predicted to have a bandwidth that nobody measured. The least
+    share that ran is 0.25 beside 1.0: a fifth of the device."""
+    truth = true_model()
+    model = LatencyModel(TRUTH, 0.05, dict.fromkeys(PHASES, 0.0), truth.padding)
+    bench = VirtualWorkers(model).bench()
+    planned = trials(layout(), BUDGET, ladders_of(CONFIG.shares))
+    made = fitted([s for t in planned for s in bench.run(t)], CONFIG, "a device", layout())
+    assert made.saturation == 0.2
+    assert made.rungs == {"prefill": LADDER, "decode": LADDER}
+
+
 def test_each_phase_is_measured_at_its_own_shares():
     planned = list(trials(layout(), BUDGET, Ladders(prefill=(0.5, 1.0), decode=(0.25, 1.0))))
     alone = {(p, s) for t in planned if len(t.shares) == 1 for p, s in t.shares.items()}

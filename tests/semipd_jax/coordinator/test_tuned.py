@@ -220,23 +220,28 @@ def test_decisions_choose_the_worker_and_are_told(engine, tuner, caplog, monkeyp
 
 @pytest.fixture
 def told(engine, tuner, caplog, monkeypatch):
-    """What is logged at a level while decode's share changes with every step."""
+    """What is logged at a level while decode's share changes with every prompt."""
     monkeypatch.setattr(logging.getLogger("semipd_jax"), "propagate", True)
-    flip = iter(range(10**6))
-    tuner.rule = lambda o: Shares(1.0, 0.5 + 0.5 * (next(flip) % 2))
 
     def run(level: int, step_s: float) -> list[dict[str, Any]]:
         caplog.set_level(level, "semipd_jax.coordinator.tuned")
-        for handle in range(4):
-            engine.submit(handle, prompt_len=4, max_tokens=25)
-        engine.run_all(step_s=step_s)
+        engine.submit(0, prompt_len=4, max_tokens=28)
+        engine.finish("prefill", 1.0)
+        for handle in range(1, 14):
+            decode = 0.5 + 0.5 * (handle % 2)
+            tuner.rule = lambda _, decode=decode: Shares(1.0, decode)
+            engine.now += step_s
+            engine.submit(handle, prompt_len=4, max_tokens=1)
+            for _ in range(2):  # both in flight, beside the prompt
+                engine.finish("decode", 1.0)
+            engine.finish("prefill", 1.0)
         return [msgspec.json.decode(r.getMessage().partition(": ")[2]) for r in caplog.records]
 
     return run
 
 
 def test_changes_are_logged_once_a_second_at_most(engine, told):
-    records = told(logging.INFO, step_s=0.1)
+    records = told(logging.INFO, step_s=0.3)
     assert 2 <= len(records) <= engine.now + 1
     assert sum(r["not_at_info"] for r in records) > 3
 
@@ -244,17 +249,43 @@ def test_changes_are_logged_once_a_second_at_most(engine, told):
 def test_every_change_is_logged_at_the_level_debug(told):
     records = [r for r in told(logging.DEBUG, step_s=0.01) if r["phase"] == "decode"]
     moves = [r["to"] for r in records if r["to"] != r["from"]]
-    assert len(moves) > 10
+    assert len(moves) >= 10
     assert all(a != b for a, b in pairwise([1.0, *moves])), "a change is missing"
 
 
-def test_every_decision_is_logged_at_the_level_debug(engine, tuner, caplog, monkeypatch):
+def test_every_step_is_logged_at_the_level_debug_with_what_it_ran_at(
+    engine, tuner, caplog, monkeypatch
+):
+    """A policy wants half of the device; the idle rule gives it all of it."""
     monkeypatch.setattr(logging.getLogger("semipd_jax"), "propagate", True)
     caplog.set_level(logging.DEBUG, "semipd_jax.coordinator.tuned")
+    tuner.rule = lambda _: Shares(0.5, 0.5)
     engine.submit(1, prompt_len=4, max_tokens=20)
     engine.run_all()
-    assert len(tuner.seen) == len(caplog.records) > 10
+    records = [msgspec.json.decode(r.getMessage().partition(": ")[2]) for r in caplog.records]
+    stats = engine.stats()
+    assert len(records) == stats.num_prefill_steps + stats.num_decode_steps
+    assert len({r["step_id"] for r in records}) == len(records)
+    assert {(r["to"], r["shares"]["decode"], r["is_alone"]) for r in records} == {(1.0, 0.5, True)}
     assert {r.getMessage().partition(":")[0] for r in caplog.records} == {"share stays"}
+
+
+def test_a_policy_is_told_what_the_other_phase_runs_at_not_what_it_should(engine, tuner):
+    """Prefill is to change, but its worker still has a step that was sent before."""
+    tuner.rule = lambda o: Shares(0.5 if o.decode else 1.0, 1.0)
+    engine.submit(1, max_tokens=20)
+    engine.finish("prefill", 1.0)
+    engine.submit(2, prompt_len=30, max_tokens=2)
+    engine.submit(3, prompt_len=30, max_tokens=2)
+    tuner.rule = lambda _: Shares(1.0, 1.0)
+    engine.finish("prefill", 1.0)
+    assert engine.shares.asked["prefill"] == 1.0
+    assert engine.busy("prefill") == "prefill-0.5"
+    tuner.seen.clear()
+    engine.finish("decode", 1.0)
+    engine.finish("decode", 1.0)
+    assert engine.busy("prefill") == "prefill-0.5"
+    assert {o.shares.prefill for o in tuner.seen if o.phase == "decode"} == {0.5}
 
 
 @pytest.mark.parametrize("policy", ["semi-pd", "predictive"])

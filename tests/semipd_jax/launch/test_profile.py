@@ -33,7 +33,7 @@ def test_the_command_measures_every_share_and_writes_what_fits(tmp_path, capsys)
     assert "mean error of the fit" in capsys.readouterr().out
     made = load_profile(str(path))
     assert made.source == "measured"
-    assert "decode at 0.5, 1; prefill at 0.5, 1" in made.notes[0]
+    assert made.rungs == {"prefill": (0.5, 1.0), "decode": (0.5, 1.0)}
     model = model_of(made)
     one_row = Work("decode", 1, 1, 64, 64)
     assert model.predict(one_row, Conditions(1.0)) == pytest.approx(STEP_S, rel=0.3)

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from scheduler_cases import make_request, make_scheduler
 
 from semipd_jax.messages import PrefillStep
+from semipd_jax.request import Request, SamplingParams
 from semipd_jax.scheduler import watermark
+from semipd_jax.scheduler.scheduler import Scheduler
+from semipd_jax.scheduler.state import Limits
 
 PAGE_SIZE = 4
 request_sizes = st.tuples(st.integers(0, 20), st.integers(1, 17), st.integers(0, 3))
@@ -64,6 +67,36 @@ def test_requests_that_end_early_keep_the_rows_full(monkeypatch):
     _, _, steps = run(requests)
     without_growth(monkeypatch)
     assert steps < 1.2 * run(requests)[2]
+
+
+def rows_admitted(most_tokens: int | None, growth_share: float) -> int:
+    """Of 64 requests with one token each, under a model length of 131,072 and 1,000 pages."""
+    limits = Limits(
+        page_size=64,
+        num_pages=1001,
+        num_rows=65,
+        max_model_len=131_072,
+        max_num_batched_tokens=1024,
+        max_num_queued_reqs=64,
+    )
+    scheduler = Scheduler(limits)
+    scheduler.state.growth_share = growth_share
+    for handle in range(64):
+        request = Request(
+            request_id=str(handle),
+            prompt_token_ids=(handle,),
+            sampling=SamplingParams(max_tokens=most_tokens, seed=0),
+        )
+        assert scheduler.submit("c", handle, request, now_s=0.0) is None
+    sent = scheduler.next_prefill(now_s=0.0)
+    assert sent is not None
+    return len(sent.admitted)
+
+
+def test_who_names_no_limit_is_not_expected_to_fill_the_model_s_length():
+    assert rows_admitted(None, 0.0) == 64
+    assert rows_admitted(None, 0.2) == rows_admitted(4096, 0.2) == 64
+    assert rows_admitted(None, 1.0) == rows_admitted(4096, 1.0) == 1000 // 65
 
 
 def test_a_share_is_raised_at_once_and_forgotten_slowly():

@@ -128,6 +128,17 @@ def test_spf_lets_short_prompts_pass():
     assert spf[2] < 0.4 < 0.9 < fcfs[2]
 
 
+def test_ageing_bounds_for_how_long_short_prompts_pass():
+    """A long prompt, and one of 128 tokens every 128 ms, as many as can be computed."""
+    short = [(0.128 * i, 128, 1) for i in range(1, 30)]
+    rows = load((0.0, 128, 1), (0.0, 900, 1), *short)
+    soon, late = (
+        simulated("static:1,1+spf", rows, chunk_tokens=128, ageing_tokens_per_s=speed).ttft_s[1]
+        for speed in (2000.0, 200.0)
+    )
+    assert soon < 2.0 < 3.5 < late
+
+
 # ------------------------------------------------------------ all systems
 
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,6 +190,25 @@ def test_a_fused_step_of_a_profile_takes_longer_than_either_part(dear, rows, tok
     for share in (0.2, 1.0):
         times = [machine.alone_s(machine.load((part,)), share) for part in parts]
         assert max(times) < machine.alone_s(machine.load(parts), share) < sum(times)
+
+
+def test_a_fused_step_of_a_profile_pays_for_matrices_once_and_for_its_padding():
+    """`batched` is what products with matrices cost more than those with a vector; the chunk's are
+    with matrices anyway."""
+    values = {phase: np.zeros(len(FEATURES[phase])) for phase in PHASES}
+    for phase, name, seconds in (
+        ("prefill", "products", 0.2),
+        ("prefill", "tokens", 1.0),  # per thousand
+        ("decode", "batched", 0.15),
+        ("decode", "rows", 1.0),  # per hundred
+    ):
+        values[phase][list(FEATURES[phase]).index(name)] = seconds
+    padding = {"prefill": (500, 1000), "decode": (1, 4, 8, 16, 32)}
+    machine = Profiled(LatencyModel(values, 1.0, dict.fromkeys(PHASES, 0.0), padding))
+    for rows, padded in ((1, 8), (4, 8), (8, 8), (9, 32), (32, 32)):
+        fused = machine.load((decode(rows, 10), prefill(400)))
+        assert machine.alone_s(fused, 1.0) == pytest.approx(0.2 + 0.5 + padded / 100)
+    assert machine.alone_s(machine.load((decode(1, 10),)), 1.0) == pytest.approx(0.01)
 
 
 # ------------------------------------------------------------ device

@@ -23,12 +23,13 @@ LADDER = {"share_ladder": (0.4, 0.7, 1.0)}
 SIZES = Sizes(weight_bytes=16_000_000, kv_bytes_per_token=1024)
 
 
-def save_profile(path: Path, sizes: Sizes | None = SIZES) -> str:
+def save_profile(path: Path, sizes: Sizes | None = SIZES, **rungs: tuple[float, ...]) -> str:
     made = Profile(
         source="measured",
         device="d",
         model="m",
         sizes=sizes,
+        rungs=rungs,
         saturation=0.5,
         yielding={"prefill": 0.0, "decode": 0.0},
         coefficients={p: dict.fromkeys(names, 1e-3) for p, names in FEATURES.items()},
@@ -163,6 +164,17 @@ def test_a_profile_of_this_model_on_this_device_is_fine(caplog, profile_path):
 def test_without_a_profile_there_is_nothing_to_compare(caplog):
     check_profile(build_config("other"), "e", layout())
     assert not caplog.records
+
+
+def test_a_ladder_below_what_was_measured_is_worth_a_warning(caplog, tmp_path):
+    path = save_profile(tmp_path / "p.json", prefill=(0.5, 1.0), decode=(0.5, 1.0))
+    caplog.set_level(logging.WARNING)
+    for least in (0.5, 0.2):
+        ladder = {"prefill_share_ladder": (0.5,), "decode_share_ladder": (least, 1.0)}
+        config = build_config("m", policy="static", tuner_profile=path, **ladder)
+        check_profile(config, "d", layout())
+    [record] = caplog.records
+    assert "down to a share of 0.5 for decode; the ladder goes down to 0.2" in record.getMessage()
 
 
 def test_a_profile_of_another_device_is_worth_a_warning_with_both_names(caplog, profile_path):
