@@ -22,6 +22,7 @@ from semipd_jax.config import PHASES, EngineConfig, require
 from semipd_jax.coordinator import profiling
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError, EngineError
+from semipd_jax.launch import waits
 from semipd_jax.launch.launcher import Launcher, Modules
 from semipd_jax.messages import MemoryLayout, Progress
 from semipd_jax.runtime.buckets import padded_sizes
@@ -79,7 +80,7 @@ def measure(config: EngineConfig, on_progress: "_Bar") -> Profile:
     )
     try:
         layout = launcher.start()
-        if (error := told.get()) is not None:
+        if (error := waits.take(told)) is not None:
             raise error
         encoded = (Path(launcher.run_dir) / profiling.SAMPLES_FILE).read_bytes()
         device = launcher.device_name

@@ -20,6 +20,7 @@ from semipd_jax.config import EngineConfig
 from semipd_jax.config_file import FlagKind, read_words
 from semipd_jax.demo import MODEL_DIR
 from semipd_jax.errors import ConfigError, EngineError, StartupError
+from semipd_jax.launch import waits
 from semipd_jax.launch.launcher import FrontEnd, Launcher
 from semipd_jax.messages import MemoryLayout, Progress
 from semipd_jax.models.registry import load_spec
@@ -98,10 +99,10 @@ def _serve(config: EngineConfig, settings: Settings) -> int:
         on_failure=lambda _: events.put("ended"),
     )
     threading.Thread(target=_start, args=(launcher, config, settings, events), daemon=True).start()
-    event = events.get()
+    event = waits.take(events)
     if event == "started":
         _log.info("control socket: unix:%s", settings.control_path(launcher.run_dir))
-        event = events.get()
+        event = waits.take(events)
     if event == "signal":
         _end(launcher, events)
     elif launcher.error is None:

@@ -1,6 +1,12 @@
 """A launcher whose memory owner and workers are fakes without jax, and a client of its engine."""
 
+import _thread
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -39,6 +45,51 @@ def wait_until(condition, *, timeout_s: float = 60.0):
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
+
+
+def concurrently[T](call: Callable[[], T]) -> Future[T]:
+    """What the call returns or raises; one that hangs may be left behind."""
+    future = Future[T]()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+@contextmanager
+def unwoken_signal(
+    is_waiting: Callable[[], object], signum: signal.Signals = signal.SIGINT
+) -> Iterator[None]:
+    """Inside, the main thread gets a signal as soon as `is_waiting()`, and nothing wakes it: as
+    when the signal comes just before it begins to wait. It is to leave within seconds."""
+    has_left, is_late = threading.Event(), threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def send() -> None:
+        wait_until(is_waiting)
+        _thread.interrupt_main(signum)
+        if not has_left.wait(5.0):
+            is_late.set()
+            signal.pthread_kill(main, signum)  # this one wakes it
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what is in `&`
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        has_left.set()
+        sender.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not is_late.is_set(), "the signal was noticed when another one came"
 
 
 class Client:

@@ -19,7 +19,7 @@ from typing import Final
 from semipd_jax import run_dir
 from semipd_jax.config import LANES, EngineConfig, Lane
 from semipd_jax.errors import EngineError, StartupError, UnavailableError
-from semipd_jax.launch import device
+from semipd_jax.launch import device, waits
 from semipd_jax.launch.device import Chosen
 from semipd_jax.launch.process import Events, Exited, Process, failure
 from semipd_jax.launch.workers import LEAVE_S, Workers, WorkerSlot
@@ -112,7 +112,9 @@ class Launcher:
         self._share_terms: shares.Terms = {}
         self._silent_s = 0.0  # the coordinator
         self._checked_s = time.monotonic()
+        self._has_begun = False
         self._thread: threading.Thread | None = None
+        self._taken = threading.Lock()  # by whoever is to call `_finish`, for good
         self._layout: MemoryLayout | None = None
         self._started = threading.Event()
         self._stopping = False
@@ -134,10 +136,8 @@ class Launcher:
         Raises:
           EngineError: of the kind that made the start fail; nothing is left behind.
         """
-        self.run_dir, self._held = run_dir.create()
-        self._thread = threading.Thread(target=self._supervise, name="launcher", daemon=True)
-        self._thread.start()
-        if not self._started.wait(self._config.timeouts.startup_s):
+        self._begin()
+        if not waits.until_set(self._started, self._config.timeouts.startup_s):
             waiting = ", ".join(self._not_ready())
             self._end(
                 StartupError(
@@ -145,9 +145,9 @@ class Launcher:
                     f"still waiting for: {waiting}"
                 )
             )
-            self.finished.wait()
+            waits.until_set(self.finished)
         if self.error is not None:
-            self.finished.wait()
+            waits.until_set(self.finished)
             raise self.error
         if self._layout is None or self._not_ready():
             raise UnavailableError("the engine was stopped while it started")
@@ -167,8 +167,8 @@ class Launcher:
         """
         self._stopping = True
         self._events.put(None)
-        if self.run_dir and threading.current_thread() is not self._thread:
-            self.finished.wait()
+        if self._has_begun and threading.current_thread() is not self._thread:
+            waits.until_set(self.finished)
 
     def kill(self) -> None:
         """Ends every process now."""
@@ -184,7 +184,22 @@ class Launcher:
 
     # ------------------------------------------------------------ supervision
 
+    def _begin(self) -> None:
+        """Leaves the rest to a thread. If that fails, nothing is left behind."""
+        try:
+            self._has_begun = True  # from now on `stop` waits
+            self.run_dir, self._held = run_dir.create()
+            self._thread = threading.Thread(target=self._supervise, name="launcher", daemon=True)
+            self._thread.start()
+        except BaseException:  # an interrupt may come when the thread runs, or is about to
+            if self._taken.acquire(blocking=False):
+                self._finish()
+            self.stop()
+            raise
+
     def _supervise(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
         try:
             with contextlib.ExitStack() as hosting:
                 self._run(hosting)
@@ -197,6 +212,8 @@ class Launcher:
     def _run(self, hosting: contextlib.ExitStack) -> None:
         """Starts the processes and attends to them until the engine is to end."""
         try:
+            if self._stopping:
+                return
             self._device = device.choose(self._config.device, self.run_dir)
             self._share_terms = hosting.enter_context(
                 shares.host(
@@ -383,8 +400,8 @@ class Launcher:
                 process.wait(time.monotonic() + _STOP_S)
 
     def _finish(self) -> None:
-        run_dir.remove(self.run_dir)
         if self._held is not None:
+            run_dir.remove(self.run_dir)
             os.close(self._held)
         failed_while_serving = self._started.is_set() and self.error is not None
         self.finished.set()

@@ -37,6 +37,7 @@ type Events = "queue.SimpleQueue[tuple[Process, FromChild | Exited] | None]"
 class Process:
     """A running `python -m module` child, told by `send`, heard on `events`.
 
+    One thread tells it, another one listens to it: a child that hangs holds up nobody.
     Its own process group keeps a terminal's Ctrl-C from reaching it: who stops is decided here.
     Closing its standard input asks it to stop, as does the death of this process.
     """
@@ -58,24 +59,22 @@ class Process:
         )
         assert isinstance(self._popen.stdin, io.BufferedWriter)
         self._stdin = self._popen.stdin.detach()  # a buffer could fail to flush at close
-        self._write_lock = threading.Lock()
-        threading.Thread(target=self._listen, name=f"listen {self.name}", daemon=True).start()
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.send(spec)
+        self._start_threads()
 
     @property
     def pid(self) -> int:
         return self._popen.pid
 
     def send(self, message: ToChild) -> None:
-        """Tells the child something. Does nothing if it is gone: `Exited` says so."""
-        line = _encoder.encode(message) + b"\n"
-        with self._write_lock, contextlib.suppress(BrokenPipeError):
-            while line and not self._stdin.closed:
-                line = line[self._stdin.write(line) :]
+        """Tells the child something, after all that was sent before, and does not wait until it
+        reads. Does nothing if it is gone: `Exited` says so."""
+        self._lines.put(_encoder.encode(message) + b"\n")
 
     def ask_to_stop(self) -> None:
-        with self._write_lock:
-            self._stdin.close()
+        """It learns this after all that was sent before."""
+        self._lines.put(None)
 
     def kill(self) -> None:
         self._popen.kill()
@@ -87,6 +86,22 @@ class Process:
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def _start_threads(self) -> None:
+        try:
+            threading.Thread(target=self._listen, name=f"listen {self.name}", daemon=True).start()
+            threading.Thread(target=self._tell, name=f"tell {self.name}", daemon=True).start()
+        except BaseException:
+            self._stdin.close()
+            self.kill()
+            raise
+
+    def _tell(self) -> None:
+        """Waits for as long as the child does not read; its death ends that."""
+        with self._stdin, contextlib.suppress(BrokenPipeError):
+            while (line := self._lines.get()) is not None:
+                while line:
+                    line = line[self._stdin.write(line) :]
 
     def _listen(self) -> None:
         assert self._popen.stdout is not None

@@ -1,20 +1,23 @@
 """How `serve` ends: drains at the first signal, and ends at once at the second."""
 
 import queue
+import signal
 import threading
 from typing import Any
 
 import pytest
+from launch_rig import unwoken_signal, wait_until
 
 from semipd_jax import serve
 from semipd_jax.config import EngineConfig, ModelConfig
 from semipd_jax.launch.launcher import Launcher
+from semipd_server.settings import Settings
 
 TIMEOUT_S = 60.0
 
 
 class FakeLauncher(Launcher):
-    """Draining or stopping takes until it is allowed to end, or everything is killed."""
+    """One of the things it does takes until it is allowed to end, or everything is killed."""
 
     def __init__(self, slow: str) -> None:
         super().__init__(EngineConfig(model=ModelConfig(path="absent")))
@@ -28,6 +31,9 @@ class FakeLauncher(Launcher):
             self.is_slow.set()
             assert self._go_on.wait(TIMEOUT_S)
         self.done.append(what)
+
+    def start(self) -> Any:
+        self._do("start")
 
     def drain(self) -> None:
         self._do("drain")
@@ -75,3 +81,22 @@ def test_a_failure_while_draining_is_no_signal():
     launcher.go_on()
     ending.join(TIMEOUT_S)
     assert launcher.done == ["drain", "stop"]
+
+
+@pytest.mark.parametrize("slow", ["start", ""], ids=["while it starts", "while it serves"])
+def test_a_signal_that_wakes_no_thread_is_heard(
+    slow: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    launcher, announced = FakeLauncher(slow), threading.Event()
+    monkeypatch.setattr(serve, "Launcher", lambda *_, **__: launcher)
+    monkeypatch.setattr(serve, "_announce", lambda *_: announced.set())
+    caplog.set_level("INFO", "semipd_jax.serve")
+
+    def is_waiting() -> bool:
+        return launcher.is_slow.is_set() or "control socket" in caplog.text
+
+    with unwoken_signal(is_waiting, signal.SIGTERM):
+        assert serve._serve(EngineConfig(model=ModelConfig(path="absent")), Settings()) == 0
+    assert launcher.done[-2:] == ["drain", "stop"]
+    launcher.go_on()
+    wait_until(announced.is_set)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,13 +16,25 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from fake_owner import BAD_SEEDS
-from launch_rig import FAKES, TESTS, Client, config, expected, wait_until
+from fake_talker import NUM_REPORTS
+from launch_rig import (
+    FAKES,
+    TESTS,
+    Client,
+    concurrently,
+    config,
+    expected,
+    unwoken_signal,
+    wait_until,
+)
 from modelled_profile import save_profile
 
 from benchmarks.processes import engine_processes
+from semipd_jax import run_dir
 from semipd_jax.config import EngineConfig, ModelConfig, ShareConfig, TunerConfig
 from semipd_jax.errors import ConfigError, EngineError, StartupError, UnavailableError
-from semipd_jax.launch.launcher import Launcher
+from semipd_jax.launch.launcher import FrontEnd, Launcher
+from semipd_jax.launch.process import Process
 from semipd_jax.launch.workers import MAX_FAILED_STARTS
 from semipd_jax.shares import backend as shares
 from semipd_jax.tuner.profile import Sizes
@@ -171,6 +184,130 @@ def test_stop_during_start_is_clean():
         launcher.stop()
         with pytest.raises(UnavailableError, match="stopped while it started"):
             starting.result(60)
+    assert not engine_processes()
+
+
+def test_stop_waits_for_a_start_that_has_just_begun(monkeypatch):
+    begun, go_on, spawned = threading.Event(), threading.Event(), []
+    create = run_dir.create
+
+    def slow_create():
+        begun.set()
+        assert go_on.wait(60)
+        return create()
+
+    def spawn(module, spec, events):
+        spawned.append(spec.name)
+        return Process(module, spec, events)
+
+    monkeypatch.setattr(run_dir, "create", slow_create)
+    monkeypatch.setattr("semipd_jax.launch.launcher.Process", spawn)
+    launcher = Launcher(config(), modules=FAKES)
+    starting = concurrently(launcher.start)
+    assert begun.wait(60)
+    stopping = concurrently(launcher.stop)
+    wait_until(lambda: launcher._stopping)
+    assert not stopping.done()
+    go_on.set()
+    with pytest.raises(UnavailableError, match="stopped while it started"):
+        starting.result(60)
+    stopping.result(60)
+    assert spawned == []
+    assert not Path(launcher.run_dir).exists()
+
+
+def is_held(directory: str) -> bool:
+    """Whether this process has it open, even if it is gone."""
+    held = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            held.append(os.readlink(link))
+    return any(path.startswith(directory) for path in held)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("runs", ["never", "at once", "later"])
+def test_a_start_that_ends_while_its_thread_starts_leaves_nothing(monkeypatch, kind, runs):
+    start = threading.Thread.start
+    threads = []
+
+    def fail(thread):
+        if thread.name != "launcher":
+            return start(thread)
+        if runs == "at once":
+            start(thread)
+        threads.append(thread)
+        raise kind("while the thread starts")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    launcher = Launcher(config(), modules=FAKES)
+    with pytest.raises(kind, match="while the thread starts"):
+        launcher.start()
+    concurrently(launcher.stop).result(60)
+    if runs == "later":
+        start(threads[0])
+    if runs != "never":
+        threads[0].join(60)
+    assert not engine_processes()
+    assert launcher.run_dir
+    assert not Path(launcher.run_dir).exists()
+    assert not is_held(launcher.run_dir)
+
+
+def test_without_a_directory_there_is_nothing_to_stop(monkeypatch):
+    def full():
+        raise OSError("no space left")
+
+    monkeypatch.setattr(run_dir, "create", full)
+    launcher = Launcher(config(), modules=FAKES)
+    with pytest.raises(OSError, match="no space left"):
+        launcher.start()
+    concurrently(launcher.stop).result(60)
+
+
+def deaf(told=lambda *_: None, **timeouts):
+    """A launcher whose front end does not read, and whose owner reports more than a pipe holds."""
+    return Launcher(
+        config(**timeouts),
+        front_end=FrontEnd(module="fake_deaf"),
+        modules=replace(FAKES, owner="fake_talker"),
+        on_progress=told,
+    )
+
+
+@pytest.fixture
+def _impatient(monkeypatch):
+    monkeypatch.setattr("semipd_jax.launch.launcher._STOP_S", 1.0)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_start_is_given_up_in_time_though_a_process_does_not_read():
+    launcher = deaf(startup_s=5.0)
+    with pytest.raises(StartupError, match="still waiting for: front end, memory owner"):
+        concurrently(launcher.start).result(30)
+    assert not engine_processes()
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_process_that_does_not_read_holds_up_neither_a_drain_nor_a_stop():
+    told = []
+    launcher = deaf(lambda *report: told.append(report), shutdown_s=0.5)
+    starting = concurrently(launcher.start)
+    wait_until(lambda: len(told) == NUM_REPORTS)
+    concurrently(launcher.drain).result(30)
+    concurrently(launcher.stop).result(30)
+    with pytest.raises(UnavailableError, match="stopped while it started"):
+        starting.result(30)
+    assert not engine_processes()
+
+
+def test_a_signal_that_wakes_no_thread_interrupts_a_start_and_a_stop():
+    launcher = Launcher(config(), modules=replace(FAKES, owner="fake_deaf"))
+    with unwoken_signal(engine_processes), pytest.raises(KeyboardInterrupt):
+        launcher.start()
+    with unwoken_signal(lambda: launcher._stopping), pytest.raises(KeyboardInterrupt):
+        launcher.stop()
+    launcher.kill()
     assert not engine_processes()
 
 

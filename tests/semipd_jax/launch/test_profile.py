@@ -1,13 +1,15 @@
 """`python -m semipd_jax.profile`, from the command line to the file, on workers without jax."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 from fake_timed_worker import STEP_S
-from launch_rig import FAKES
+from launch_rig import FAKES, config, unwoken_signal
 
 from benchmarks.processes import engine_processes
 from semipd_jax import profile
+from semipd_jax.launch.launcher import Launcher
 from semipd_jax.tuner.latency import Conditions
 from semipd_jax.tuner.profile import model_of
 from semipd_jax.tuner.setup import load_profile
@@ -49,3 +51,15 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path, ca
 def test_a_ladder_of_one_share_is_refused(capsys):
     assert profile.main([]) == 2
     assert "share_ladder" in capsys.readouterr().err
+
+
+def test_a_signal_that_wakes_no_thread_interrupts_it(monkeypatch):
+    has_started = threading.Event()
+
+    class Endless(Launcher):
+        def start(self):
+            has_started.set()
+
+    monkeypatch.setattr(profile, "Launcher", Endless)
+    with unwoken_signal(has_started.is_set), pytest.raises(KeyboardInterrupt):
+        profile.measure(config(), profile._Bar())
