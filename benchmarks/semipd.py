@@ -69,20 +69,27 @@ def wait_until_ready(
 def running_server(
     model: str, flags: Sequence[str], *, timeout_s: float
 ) -> Iterator[tuple[str, pb.GetModelInfoResponse]]:
-    """`python -m semipd_jax.serve` on a free port: yields its address and what it serves."""
+    """`python -m semipd_jax.serve` on a free port: yields its address and what it serves. It stops
+    at the end, also if that is a SIGTERM to this process."""
     target = f"127.0.0.1:{_free_port()}"
     command = [sys.executable, "-m", "semipd_jax.serve", "--model", model]
     ports = ["--port", target.rpartition(":")[2], "--http-port", "0"]
+    before = signal.signal(signal.SIGTERM, _end)
     server = subprocess.Popen([*command, *ports, *flags])
     try:
         yield target, wait_until_ready(target, timeout_s=timeout_s, server=server)
     finally:
+        signal.signal(signal.SIGTERM, before)
         server.send_signal(signal.SIGTERM)
         try:
             server.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _end(signum: int, _: object) -> None:
+    sys.exit(128 + signum)
 
 
 def _free_port() -> int:

@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import control_plane
 from benchmarks.load import run_load
 from benchmarks.semipd import sender, wait_until_ready
 from benchmarks.workload import fixed
+from semipd_jax.demo import MODEL_DIR
 from semipd_server.client import AsyncClient
 
 
@@ -36,6 +41,35 @@ def test_failures_have_the_name_of_their_grpc_status(nobody: str) -> None:
 def test_waiting_for_a_server_ends(nobody: str) -> None:
     with pytest.raises(TimeoutError, match=nobody):
         wait_until_ready(nobody, timeout_s=0.0)
+
+
+_PROGRAM = """
+import signal, sys
+from benchmarks.semipd import running_server
+small = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+with running_server(sys.argv[1], small, timeout_s=120):
+    print("ready", flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_terminated_leaves_no_server() -> None:
+    command = [sys.executable, "-c", _PROGRAM, str(MODEL_DIR)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            while program.stdout.readline().strip() != "ready":
+                assert program.poll() is None
+            family = psutil.Process(program.pid).children(recursive=True)
+            program.terminate()
+            assert program.wait(120) == 128 + signal.SIGTERM
+        finally:
+            program.kill()
+        alive = psutil.wait_procs(family, timeout=60)[1]
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 @pytest.mark.slow
