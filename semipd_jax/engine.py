@@ -12,9 +12,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ from semipd_jax.request import Delta, Event, Finished, FinishReason, TokenLogpro
 
 _CALL_TIMEOUT_S: Final = 60.0
 _WAKE_S: Final = 0.5
+_STOPPED: Final = "the engine is stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +153,10 @@ class AsyncEngine:
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancel(tasks)
             raise
+        finally:
+            tasks.clear()  # an error's traceback leads here, and they to the error
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; raises RequestNotFoundError if it is not running."""
@@ -203,9 +203,10 @@ class Engine:
     def __init__(self, model: str, **options: Any) -> None:
         self._engine = AsyncEngine(model, **options)
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="semipd engine", daemon=True)
-        thread.start()
-        self._finalizer = weakref.finalize(self, _end, self._engine, self._loop, thread)
+        run = self._loop.run_forever
+        self._thread = threading.Thread(target=run, name="semipd engine", daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, _end, self._engine, self._loop, self._thread)
         try:
             self._run(self._engine.start, timeout_s=None)
         except BaseException:
@@ -232,8 +233,8 @@ class Engine:
             while (event := self._run(lambda: anext(events, None), timeout_s=None)) is not None:
                 yield event
         finally:
-            if self._finalizer.alive:
-                self._run(events.aclose, timeout_s=_CALL_TIMEOUT_S)
+            if self._finalizer.alive:  # no waiting: any thread may collect what was not closed
+                self._tell(_Call(events.aclose).begin)
 
     def stats(self) -> Stats:
         return self._run(self._engine.stats, timeout_s=_CALL_TIMEOUT_S)
@@ -259,7 +260,8 @@ class Engine:
     def stop(self) -> None:
         """Ends what runs and every process. Safe to call twice."""
         if self._finalizer.alive:
-            self._run(self._engine.stop, timeout_s=_CALL_TIMEOUT_S)
+            with suppress(EngineError):  # another thread stops it, or this one cannot wait for it
+                self._run(self._engine.stop, timeout_s=None)
             self._finalizer()
 
     def __enter__(self) -> "Engine":
@@ -268,53 +270,92 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _run(self, begin: Callable[[], Awaitable[Any]], *, timeout_s: float | None) -> Any:
+    def _run(self, work: Callable[[], Awaitable[Any]], *, timeout_s: float | None) -> Any:
         """The result. A caller that is interrupted, or waits in vain, ends what it asked for."""
         if not self._finalizer.alive:
-            raise UnavailableError("the engine is stopped")
-        call = _Call(begin)
+            raise UnavailableError(_STOPPED)
+        if threading.current_thread() is self._thread:
+            raise EngineError("the engine was called on its own thread, which cannot wait for it")
+        call = _Call(work)
         try:
-            future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
-            _wait(future, timeout_s)
+            self._tell(call.begin)
+            call.wait(self._loop, timeout_s)
         except BaseException:
-            self._loop.call_soon_threadsafe(call.leave)
+            self._tell(call.leave)
             raise
-        return future.result()
+        if call.errors:
+            raise call.errors.pop()  # its traceback leads to the call
+        return call.result
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        """Has the loop call it, or nobody if the loop is closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what)
 
 
 class _Call:
-    """What a thread asked of the event loop, on which `run` and `leave` are called."""
+    """What a thread asks of the event loop, on which `begin` and `leave` are called.
 
-    def __init__(self, begin: Callable[[], Awaitable[Any]]) -> None:
-        self._begin = begin
+    The loop waits for no lock that the thread takes: an interrupt could leave it taken for ever.
+
+    Attributes:
+      result, errors: of a call that has ended; one error at most.
+    """
+
+    def __init__(self, work: Callable[[], Awaitable[Any]]) -> None:
+        self._work = work
         self._task: asyncio.Task[Any] | None = None
-        self._is_wanted = True
+        self._latch = threading.Lock()  # until it has ended
+        self._latch.acquire()
+        self.result: Any = None
+        self.errors: list[BaseException] = []
 
-    async def run(self) -> Any:
-        if not self._is_wanted:
-            return None
-        self._task = asyncio.current_task()
-        return await self._begin()
+    def begin(self) -> None:
+        self._task = asyncio.create_task(_awaited(self._work))
+        self._task.add_done_callback(self._ended)
 
     def leave(self) -> None:
         """The caller has gone, perhaps before it knew that the call had begun."""
-        self._is_wanted = False
         if self._task is not None:
             self._task.cancel()
 
+    def wait(self, loop: asyncio.AbstractEventLoop, timeout_s: float | None) -> None:
+        """Until it has ended. Python cannot wake a thread for a signal that comes just before it
+        begins to wait, so that it wakes by itself now and then.
 
-def _wait(future: Future[Any], timeout_s: float | None) -> None:
-    """Raises TimeoutError. Python cannot wake a thread for a signal that comes just before it
-    begins to wait, so that it wakes by itself now and then."""
-    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-    while not wait((future,), timeout=_WAKE_S).done:
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"no answer within {timeout_s:g} s")
+        Raises:
+          TimeoutError.
+          UnavailableError: the loop is closed.
+        """
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._latch.acquire(timeout=_WAKE_S):
+            if loop.is_closed():
+                raise UnavailableError(_STOPPED)
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"no answer within {timeout_s:g} s")
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._task = None
+        if task.cancelled():
+            self.errors.append(UnavailableError(_STOPPED))  # whoever waits did not cancel it
+        elif (error := task.exception()) is not None:
+            self.errors.append(error)
+        else:
+            self.result = task.result()
+        self._latch.release()
+
+
+async def _awaited(work: Callable[[], Awaitable[Any]]) -> Any:
+    return await work()
 
 
 def _end(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     """Leaves no process and no thread. At the end of the program no new thread can be had, so the
-    launcher is stopped from this one."""
+    launcher is stopped from this one. The loop's own, which collects garbage as others do, cannot
+    wait for itself: another one does."""
+    if threading.current_thread() is thread:
+        threading.Thread(target=_end, args=(engine, loop, thread), daemon=False).start()
+        return
     engine.kill()
     loop.call_soon_threadsafe(loop.stop)
     thread.join(_CALL_TIMEOUT_S)
@@ -323,8 +364,13 @@ def _end(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading
 
 
 async def _cancel_all() -> None:
-    """Tasks that a forgotten engine left."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    """Tasks that a forgotten engine left, and those that begin meanwhile."""
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Returns when all have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

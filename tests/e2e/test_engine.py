@@ -1,13 +1,15 @@
 """The library: what happens when it is used in unforeseen ways."""
 
 import _thread
-import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -89,21 +91,71 @@ def test_a_signal_that_wakes_no_thread_interrupts_nevertheless(small):
 
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_an_interrupt_while_a_request_is_handed_over_ends_it(small, monkeypatch, has_begun):
-    hand_over = asyncio.run_coroutine_threadsafe
+    hand_over = small._loop.call_soon_threadsafe
     before = small.stats().num_output_tokens
 
-    def interrupted(coroutine, loop):
-        hand_over(coroutine, loop)
+    def interrupted(callback):
+        hand_over(callback)
         monkeypatch.undo()
         if has_begun:
             small.stats()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    monkeypatch.setattr(small._loop, "call_soon_threadsafe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small.generate(PROMPT, max_tokens=2000, ignore_eos=True)
     wait_until_idle(small)
     assert small.stats().num_output_tokens - before < 2000
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Of garbage, unless a test says so."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_stream_that_the_engine_s_own_thread_collects_ends_its_request(small, no_collection):
+    stream = small.stream(PROMPT, max_tokens=2000, ignore_eos=True)
+    next(stream)
+    cycle = [stream]
+    cycle.append(cycle)
+    before = small.stats().num_output_tokens
+    del stream, cycle
+    small._loop.call_soon_threadsafe(gc.collect)
+    asked_s = time.monotonic()
+    wait_until_idle(small)
+    assert time.monotonic() - asked_s < 30
+    assert small.stats().num_output_tokens - before < 2000
+
+
+class Mark:
+    """Of a frame."""
+
+
+def mark_of_failure(call: Callable[[], object]) -> weakref.ref[Mark]:
+    mark = Mark()
+    try:
+        call()
+    except InvalidRequestError:
+        return weakref.ref(mark)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("how", ["generate", "generate_many", "stream"])
+def test_a_call_that_fails_leaves_no_garbage(small, no_collection, how):
+    calls = {
+        "generate": lambda: small.generate([]),
+        "generate_many": lambda: small.generate_many([PROMPT, [], PROMPT], max_tokens=9),
+        "stream": lambda: list(small.stream([])),
+    }
+    mark = mark_of_failure(calls[how])
+    deadline = time.monotonic() + 10
+    while mark() is not None:  # the loop's thread may be a little late to let go of it
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 SLOW_TYPES = """
@@ -130,10 +182,11 @@ def test_workers_start_wherever_python_switches_between_threads(
         assert len(engine.generate(PROMPT, max_tokens=2, ignore_eos=True).token_ids) == 2
 
 
-@pytest.mark.parametrize("how", ["forgotten", "ctrl-c"])
+@pytest.mark.parametrize("how", ["forgotten", "collected", "ctrl-c"])
 def test_a_program_that_ends_leaves_nothing(compile_cache, how):
+    """Also if the engine's own thread has collected it."""
     code = """
-import signal, sys
+import gc, signal, sys, time
 from semipd_jax import Engine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they run in &
 small = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
@@ -141,6 +194,14 @@ engine = Engine(sys.argv[1], compile_cache_dir=sys.argv[2], **small)
 stream = engine.stream([5, 6, 7], max_tokens=1500, ignore_eos=True)
 next(stream)
 print(engine._engine._launcher.run_dir, flush=True)
+if sys.argv[3] == "collected":
+    gc.disable()
+    loop, cycle = engine._loop, [engine, stream]
+    cycle.append(cycle)
+    del engine, stream, cycle
+    loop.call_soon_threadsafe(gc.collect)
+    while not loop.is_closed():
+        time.sleep(0.02)
 while sys.argv[3] == "ctrl-c":
     engine.generate([5, 6, 7], max_tokens=2000, ignore_eos=True)
 """
@@ -160,7 +221,8 @@ while sys.argv[3] == "ctrl-c":
             _, errors = program.communicate(timeout=120)
         finally:
             program.kill()
-        assert program.returncode == (0 if how == "forgotten" else -signal.SIGINT), errors
+        assert program.returncode == (-signal.SIGINT if how == "ctrl-c" else 0), errors
     assert "Task was destroyed" not in errors
+    assert "Traceback" not in errors or how == "ctrl-c", errors
     assert not psutil.wait_procs(family, timeout=60)[1]
     assert not os.path.exists(run_dir)
