@@ -13,6 +13,7 @@ from typing import Final
 _SCRIPT: Final = Path(__file__).parent / "openai_client.py"
 _TIMEOUT_S: Final = 600
 _GATEWAY_START_S: Final = 60.0
+_GATEWAY_STOP_S: Final = 20.0
 _TTFT_MS, _TPOT_MS = 10_000, 1_000  # this is about protocols, not speed
 _REQUESTS: Final = 20
 _DURATION_S: Final = 10
@@ -114,7 +115,11 @@ def _gateway(server: Server, binaries: Path, directory: Path):
             yield url
         finally:
             process.terminate()
-            process.wait(20)
+            try:
+                process.wait(_GATEWAY_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait_for_model(url: str, model: str, process: subprocess.Popen[bytes]) -> None:

@@ -1,10 +1,13 @@
 """`python -m semipd_jax.compile.child`: compiles one worker's programs for a described GPU.
 
 It reads a `Job` from standard input and writes JSON lines: how many programs there will be, then a
-`Compiled` for each.
+`Compiled` for each. It ends when nobody can read them any more.
 """
 
+import os
+import select
 import sys
+import threading
 import time
 
 import jax
@@ -98,7 +101,16 @@ def _say(message: Progress | Compiled) -> None:
     print(msgspec.json.encode(message).decode(), flush=True)
 
 
+def _end_with_the_reader() -> None:
+    """Ends the process, whatever it is doing, once the other end of standard output is closed."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # an error is told in any case
+    output.poll()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_reader, name="lifeline", daemon=True).start()
     try:
         main(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))
     except StartupError as error:

@@ -28,6 +28,12 @@ from semipd_server.settings import KEY_VARIABLE
 from semipd_server.status import error_from, in_a_line
 from semipd_server.tls import Tls, add_tls_flags
 
+KEEPALIVE: Final = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+)
+"""Options of a channel: a call ends with UNAVAILABLE soon after the server's host is gone."""
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _RETRIES: Final = 2
 _MAX_RETRIES: Final = 4  # gRPC's
@@ -231,9 +237,7 @@ def _options(retries: int) -> tuple[tuple[str, Any], ...]:
         }
     return (
         ("grpc.max_receive_message_length", -1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.ping_timeout_ms", 20_000),
+        *KEEPALIVE,
         ("grpc.service_config", json.dumps({"methodConfig": [all_methods, abort]})),
     )
 

@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 from semipd_jax import run_dir
 from semipd_jax.config import POLICIES
 from semipd_jax.errors import EngineError, UnavailableError
+from semipd_server.client import KEEPALIVE
 from semipd_server.pb import control_pb2 as pb
 from semipd_server.pb import control_pb2_grpc as pb_grpc
 from semipd_server.settings import CONTROL_SOCKET, KEY_VARIABLE
@@ -57,10 +58,11 @@ class ControlClient:
     ) -> None:
         target = target or f"unix:{the_only_socket()}"
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        options = () if target.startswith("unix:") else KEEPALIVE
         self._channel = (
-            grpc.insecure_channel(target)
+            grpc.insecure_channel(target, options)
             if credentials is None
-            else grpc.secure_channel(target, credentials)
+            else grpc.secure_channel(target, credentials, options)
         )
         self._stub: Any = pb_grpc.ControlServiceStub(self._channel)
 
@@ -96,7 +98,8 @@ class ControlClient:
         return self._call(self._stub.SetSlo, request).partition
 
     def watch(self, *, interval_ms: int = 1000) -> Generator[pb.Stats]:
-        """Yields statistics until it is closed."""
+        """Yields statistics until it is closed. A server whose host is gone is unavailable after a
+        minute or so."""
         call = self._stub.WatchPartition(
             pb.WatchPartitionRequest(interval_ms=interval_ms), metadata=self._metadata
         )

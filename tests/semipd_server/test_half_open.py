@@ -1,4 +1,4 @@
-"""Clients whose host disappears: the connection stays open, nothing comes from it any more."""
+"""Hosts that disappear: the connection stays open, nothing comes from it any more."""
 
 import asyncio
 import socket
@@ -14,10 +14,13 @@ from openai_rig import http_bytes, request, while_serving
 from server_rig import Rig, Start
 
 from benchmarks.half_open import vanish
+from semipd_jax.errors import UnavailableError
 from semipd_jax.request import FinishReason
-from semipd_server import patience
+from semipd_server import control_client, patience
+from semipd_server.control_client import ControlClient
 from semipd_server.pb import inference_pb2 as pb
 from semipd_server.pb import inference_pb2_grpc as pb_grpc
+from semipd_server.settings import Settings
 
 GENERATE = "/semipd.v1.InferenceService/Generate"
 
@@ -88,17 +91,19 @@ def test_an_http_client_that_is_only_silent_keeps_its_request(start: Start):
 
 
 class Way:
-    """A TCP connection from a gRPC client to a server that passes through here."""
+    """A TCP connection from a gRPC client to a server that passes through here and can be cut
+    without a word."""
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._onward: socket.socket | None = None  # this end of the second half
+        self._ends: list[Any] = []  # the sockets here
         self._writers: list[asyncio.StreamWriter] = []
         self._pumps: list[asyncio.Task[None]] = []
 
     async def lay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._onward = connect(self._address)
-        from_server, to_server = await asyncio.open_connection(sock=self._onward)
+        onward = connect(self._address)
+        from_server, to_server = await asyncio.open_connection(sock=onward)
+        self._ends = [writer.get_extra_info("socket"), onward]
         self._writers = [writer, to_server]
         self._pumps = [
             asyncio.create_task(_pump(reader, to_server)),
@@ -106,12 +111,12 @@ class Way:
         ]
 
     def block(self, *, is_host_gone: bool) -> None:
-        """Nothing passes any more, either way; both connections stay open."""
+        """Nothing passes any more, either way; both halves stay open."""
         for pump in self._pumps:
             pump.cancel()
         if is_host_gone:
-            assert self._onward is not None
-            vanish(self._onward)
+            for end in self._ends:
+                vanish(end)
 
     async def close(self) -> None:
         self.block(is_host_gone=False)
@@ -126,17 +131,22 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @asynccontextmanager
-async def through(rig: Rig) -> AsyncIterator[tuple[Way, Any]]:
-    """A stub whose connection can be cut without a word."""
-    way = Way(rig.address)
+async def way_to(server: str) -> AsyncIterator[tuple[Way, str]]:
+    """And the address at which it begins."""
+    way = Way(server)
     proxy = await asyncio.start_server(way.lay, "127.0.0.1", 0)
-    port = proxy.sockets[0].getsockname()[1]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            yield way, pb_grpc.InferenceServiceStub(channel)
-        finally:
-            await way.close()
-            proxy.close()
+    try:
+        yield way, f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    finally:
+        await way.close()
+        proxy.close()
+
+
+@asynccontextmanager
+async def through(rig: Rig) -> AsyncIterator[tuple[Way, Any]]:
+    """And a stub whose calls take it."""
+    async with way_to(rig.address) as (way, address), grpc.aio.insecure_channel(address) as channel:
+        yield way, pb_grpc.InferenceServiceStub(channel)
 
 
 @pytest.mark.parametrize("is_running", [False, True])
@@ -182,6 +192,32 @@ def test_a_grpc_client_that_is_only_silent_keeps_its_request(
             await rig.fake.until(silence.done, stepping=False)
             assert rig.fake.aborted == []
             call.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_host_gone", [False, True])
+def test_a_watch_of_a_server_that_vanished_ends(
+    start: Start, monkeypatch: pytest.MonkeyPatch, is_host_gone: bool
+):
+    """Whether its kernel still acknowledges what nobody reads, or nothing does."""
+    impatient = dict.fromkeys(dict(control_client.KEEPALIVE), 1000)
+    impatient["grpc.http2.max_pings_without_data"] = 0  # else it may be one a minute
+    monkeypatch.setattr(control_client, "KEEPALIVE", tuple(impatient.items()))
+    settings = Settings(port=0, expose_control=True, api_keys=("secret",))
+
+    async def main():
+        async with start(settings=settings) as rig, way_to(rig.address) as (way, address):
+            with ControlClient(address, api_key="secret") as client:
+                watch = client.watch(interval_ms=100)
+                seen = asyncio.ensure_future(asyncio.to_thread(next, watch))
+                await rig.fake.until(seen.done)
+                assert seen.result().pages.free == 100
+                way.block(is_host_gone=is_host_gone)
+                rest = asyncio.ensure_future(asyncio.to_thread(list, watch))
+                await rig.fake.until(rest.done)
+                with pytest.raises(UnavailableError):
+                    rest.result()
 
     asyncio.run(main())
 

@@ -1,12 +1,16 @@
 """Compiling for a GPU that is not here, and what is said about its limits."""
 
+import _thread
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
+from launch_rig import wait_until
 from step_cases import TINY_CONFIG
 
 from semipd_jax.compile import __main__ as command
@@ -53,6 +57,81 @@ def test_a_compiler_that_does_not_even_read_its_job_is_named(model, monkeypatch,
     config = build_config(model, served_model_name="m" * (1 << 20))  # more than a pipe holds
     with pytest.raises(StartupError, match=r"decode 1\.00: status 3"):
         described.compile_all(config, "h100", jobs=1, show=lambda *_: None)
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Those that have been started."""
+    started = []
+
+    class Compiler(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Compiler)
+    return started
+
+
+@pytest.fixture
+def interruptible():
+    """As a program is that a shell has not started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_ends_the_compilers(model, monkeypatch, tmp_path, compilers, jobs):
+    """Even one that wakes no thread, as one that comes just before the thread begins to wait. Who
+    has not started by then never does."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time; time.sleep(100); os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def interrupt():
+        wait_until(lambda: len(compilers) == jobs)
+        _thread.interrupt_main()
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        described.compile_all(build_config(model), "h100", jobs=jobs, show=lambda *_: None)
+    interrupter.join()
+    assert [compiler.wait(60) for compiler in compilers] == [-signal.SIGKILL] * jobs
+
+
+def test_a_compiler_that_fails_ends_the_others(model, monkeypatch, tmp_path, compilers):
+    is_at_work = tmp_path / "is_at_work"
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, pathlib, time
+is_at_work = pathlib.Path({str(is_at_work)!r})
+if b'"lane":"prefill"' in os.read(0, 1 << 16):
+    is_at_work.touch()
+    time.sleep(100)
+while not is_at_work.exists():
+    time.sleep(0.02)
+os._exit(3)
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(StartupError, match=r"decode 1\.00: status 3"):
+        described.compile_all(build_config(model), "h100", jobs=2, show=lambda *_: None)
+    assert sorted(compiler.wait(60) for compiler in compilers) == [-signal.SIGKILL, 3]
+
+
+def test_a_compiler_that_nobody_listens_to_ends():
+    """It waits for its job here, and would wait for ever."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "semipd_jax.compile.child"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    ) as compiler:  # fmt: skip
+        try:
+            compiler.stdout.close()
+            assert compiler.wait(120) == 1
+            assert compiler.stderr.read() == b""
+        finally:
+            compiler.kill()
 
 
 def test_bad_options_are_refused_before_anything_is_compiled(capsys):
