@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Literal, get_args
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from typing import IO, Any, Final, Literal, get_args
 
 import msgspec
 
@@ -23,6 +23,7 @@ type Gpu = Literal["h100", "h200", "a100"]
 
 GPUS: Final[tuple[Gpu, ...]] = get_args(Gpu.__value__)
 _TIMEOUT_S: Final = 3600.0
+_WAKE_S: Final = 0.5
 
 LIMITS: Final = """\
 What this could not do, and a start on the GPU still has to:
@@ -78,7 +79,8 @@ _decoder = msgspec.json.Decoder[Any](Progress | Compiled)
 def compile_all(
     config: EngineConfig, gpu: Gpu, *, jobs: int, show: Callable[[str, Progress], object]
 ) -> list[Compiled]:
-    """Every bucket of every lane at every rung, `jobs` workers' at once.
+    """Every bucket of every lane at every rung, `jobs` workers' at once. An interrupt, or the first
+    failure, ends them all.
 
     Args:
       show: called with (worker, progress) while it goes on, from several threads.
@@ -91,23 +93,62 @@ def compile_all(
         for lane in LANES[config.mode]
         for share in config.shares.rungs(lane)
     ]
-    with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda job: _in_child(job, show), work)
-        return [program for programs in results for program in programs]
+    with ThreadPoolExecutor(jobs) as pool, _Children() as children:
+        futures = [pool.submit(_in_child, job, children, show) for job in work]
+        return [program for programs in _results(futures) for program in programs]
 
 
-def _in_child(job: Job, show: Callable[[str, Progress], object]) -> list[Compiled]:
+class _Children:
+    """The compilers. None is at work after the `with` statement, or starts then."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._is_over = False
+
+    def start(self, job: IO[bytes], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """One whose standard input and error are these files."""
+        with self._lock:
+            if self._is_over:
+                raise CancelledError
+            child = subprocess.Popen(
+                [sys.executable, "-m", "semipd_jax.compile.child"],
+                stdin=job,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+            )
+            self._started.append(child)
+            return child
+
+    def __enter__(self) -> "_Children":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._is_over = True
+            for child in self._started:
+                child.kill()
+
+
+def _results[T](futures: Sequence[Future[T]]) -> list[T]:
+    """Raises what the first one to fail did. Python cannot wake a thread for a signal that comes
+    just before it begins to wait, so that it wakes by itself now and then."""
+    while True:
+        done, waiting = wait(futures, timeout=_WAKE_S, return_when=FIRST_EXCEPTION)
+        results = [future.result() for future in futures if future in done]
+        if not waiting:
+            return results
+
+
+def _in_child(
+    job: Job, children: _Children, show: Callable[[str, Progress], object]
+) -> list[Compiled]:
     # The job is in a file: writing to a pipe fails if the child ends at once.
     with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as encoded:
         encoded.write(msgspec.json.encode(job))
         encoded.seek(0)
-        with subprocess.Popen(
-            [sys.executable, "-m", "semipd_jax.compile.child"],
-            stdin=encoded,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-        ) as child:
+        with children.start(encoded, log) as child:
             limit = threading.Timer(_TIMEOUT_S, child.kill)
             limit.start()
             try:
