@@ -74,13 +74,13 @@ def running_server(
     target = f"127.0.0.1:{_free_port()}"
     command = [sys.executable, "-m", "semipd_jax.serve", "--model", model]
     ports = ["--port", target.rpartition(":")[2], "--http-port", "0"]
-    before = signal.signal(signal.SIGTERM, _end)
     server = subprocess.Popen([*command, *ports, *flags])
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield target, wait_until_ready(target, timeout_s=timeout_s, server=server)
     finally:
-        signal.signal(signal.SIGTERM, before)
         server.send_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
         try:
             server.wait(_STOP_S)
         except subprocess.TimeoutExpired:
