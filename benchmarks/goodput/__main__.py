@@ -27,7 +27,7 @@ from benchmarks.goodput.live import Server, flags_of, limits_of
 from benchmarks.goodput.results import host_ms, result_of
 from benchmarks.goodput.search import Subject, take_turns
 from benchmarks.goodput.simulated import Simulated
-from benchmarks.goodput.statics import better_statics
+from benchmarks.goodput.statics import against_statics
 from benchmarks.goodput.tables import OURS, agreement, markdown
 from semipd_jax.config import require
 from semipd_jax.errors import ConfigError
@@ -126,7 +126,7 @@ def _measured(args: argparse.Namespace, name: str) -> dict[str, Any]:
     rates = {one.seed: one.rate for one in found.get(OURS, ())}
     ours = next((subject for subject in subjects if subject.name == OURS), None)
     if args.check_statics and isinstance(ours, Simulated) and all(rates.values()):
-        result["better_statics"] = better_statics(ours, rates)
+        result["statics"] = against_statics(ours, rates)
     return result
 
 

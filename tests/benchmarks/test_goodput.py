@@ -18,7 +18,7 @@ from benchmarks.goodput.bootstrap import mean_interval, ratio_interval
 from benchmarks.goodput.live import flags_of, limits_of, outcome_of
 from benchmarks.goodput.results import result_of
 from benchmarks.goodput.search import highest, take_turns
-from benchmarks.goodput.tables import agreement, goodputs, markdown, ratios
+from benchmarks.goodput.tables import OURS, agreement, goodputs, markdown, ratios
 from benchmarks.load import GeneratorHealth, LoadRun
 from benchmarks.metrics import Arrival, RequestRecord
 from semipd_jax import serve
@@ -244,6 +244,10 @@ class Attains:
     setup: SimpleNamespace
     rates: list
 
+    @property
+    def name(self):
+        return self.system.name
+
     def attainment(self, seed, rate, least):
         self.rates.append(rate)
         met = self.met.get((self.system.shares.decode, self.system.order), (0.0, 0.0, 0.0))[seed]
@@ -259,8 +263,8 @@ def test_better_statics_are_those_that_hold_on_average(monkeypatch):
     }
     setup = SimpleNamespace(targets=SloTargets(attainment=0.8))
     subject = Attains(parse("predictive+spf"), met, setup, rates=[])
-    found = statics.better_statics(subject, {0: 9.8, 1: 9.8, 2: 9.8})
-    assert found == [
+    found = statics.against_statics(subject, {0: 9.8, 1: 9.8, 2: 9.8})
+    assert found["better"] == [
         "static:0.4,0.4",
         "static:0.4,0.4+idle",
         "static:0.4,1+spf",
@@ -269,9 +273,12 @@ def test_better_statics_are_those_that_hold_on_average(monkeypatch):
         "static:1,0.4+idle",
         "static:1,1+spf",
     ]
-    assert subject.rates == pytest.approx([10.0] * (14 * 3 - 4 * 2)), (
-        "two seeds of four pairs: no hope"
-    )
+    assert found["rates"] == pytest.approx({0: 10.0, 1: 10.0, 2: 10.0})
+    assert found["attainment"]["predictive+spf"] == pytest.approx(0.9)
+    assert found["attainment"]["static:0.4,0.4"] == pytest.approx(0.8)
+    assert found["attainment"]["static:1,1"] == pytest.approx(2.39 / 3), "near, so it is told"
+    assert found["attainment"]["static:0.4,0.4+spf"] is None
+    assert len(subject.rates) == 15 * 3 - 4 * 2, "two seeds of four pairs: no hope"
 
 
 # ------------------------------------------------------------ servers
@@ -383,7 +390,12 @@ def test_command_measures_draws_and_draws_again(tmp_path, capsys, monkeypatch):
     result = json.loads((tmp_path / "a/goodput.json").read_text())
     (measured,) = result["loads"]
     assert measured["systems"].keys() == {"static:1,1", "predictive+spf"}
-    assert set(measured["better_statics"]) <= {"static:1,1", "static:1,1+spf"}
+    tried = measured["statics"]["attainment"]
+    assert tried.keys() == {"predictive+spf", "static:1,1", "static:1,1+spf"}
+    told = f"static:1,1 attains {tried['static:1,1']:.1%}, {OURS} {tried[OURS]:.1%}"
+    assert told in (tmp_path / "a/goodput.md").read_text()
+    better = measured["statics"]["better"]
+    assert better == [name for name in list(tried)[1:] if (tried[name] or 0) >= 0.9]
     for name in ("attainment", "latency"):
         for suffix in ("png", "svg"):
             assert (tmp_path / f"a/sharegpt-{name}.{suffix}").stat().st_size > 1000
@@ -454,7 +466,7 @@ def test_statics_are_judged_like_ours(tmp_path, monkeypatch):
     saved.write_text(json.dumps(result))
     hosts = []
     monkeypatch.setattr(
-        goodput, "better_statics", lambda like, _: hosts.append(like.setup.platform.host_s) or []
+        goodput, "against_statics", lambda like, _: hosts.append(like.setup.platform.host_s) or {}
     )
     assert main([*given, "--against", str(saved), "--check-statics"]) == 0
     assert hosts == [0.001]
