@@ -85,7 +85,7 @@ def stats_of(
         num_waiting=len(state.waiting) + num_compiling,
         num_pages=state.limits.num_pages - 1,
         num_free_pages=state.pages.num_available,
-        num_quarantined_pages=state.quarantine.num_pages,
+        num_quarantined_pages=state.num_quarantined_pages,
         num_cached_pages=state.pages.num_sealed,
         num_idle_cached_pages=state.pages.num_unused,
         num_preemptions=scheduler.num_preemptions,

@@ -59,8 +59,9 @@ class PagePool:
         return sum(self._num_references[page] == 0 for page in page_ids)
 
     def num_exclusive(self, page_ids: Iterable[int]) -> int:
-        """How many of these, referenced by one holder, would be available if it let go of them."""
-        return sum(self._num_references[page] == 1 for page in page_ids)
+        """How many pages would be available if their holders let go of them. `page_ids` names each
+        page once for each of these holders."""
+        return sum(self._num_references[page] == n for page, n in Counter(page_ids).items())
 
     def num_leading_shared(self, page_ids: Sequence[int]) -> int:
         """How many of a holder's first pages others reference too."""

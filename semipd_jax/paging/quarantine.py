@@ -21,11 +21,8 @@ class Quarantine:
         self._held: list[_Held] = []
 
     @property
-    def num_pages(self) -> int:
-        return sum(len(held.page_ids) for held in self._held)
-
-    @property
     def page_ids(self) -> list[int]:
+        """Each as often as it is held."""
         return [page for held in self._held for page in held.page_ids]
 
     @property

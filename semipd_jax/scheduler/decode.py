@@ -22,8 +22,8 @@ def plan_decode(state: SchedulerState) -> DecodePlan | None:
     """Returns the next step, or None if no row can advance.
 
     Every decoding row advances by one token unless it lacks a page. Pages go to the most important
-    rows first, then to the oldest; the others wait for pages in quarantine, or if there are none,
-    requests are preempted until the need is met. Suspects run alone, one by one.
+    rows first, then to the oldest; the others wait for pages in quarantine, and if these are too
+    few, requests are preempted until the need is met. Suspects run alone, one by one.
 
     A constrained row takes part when the mask for its next token is there, which needs its last
     one. When all that could advance are such, they wait for the step in flight, or they would
@@ -63,7 +63,7 @@ def _plan_under_pressure(
         (r for row in ints(short) if (r := requests[row]) is not None),
         key=lambda r: (r.request.priority, r.admitted_at),
     )
-    victims = [] if state.quarantine.num_pages else _victims(state, needy)
+    victims = _victims(state, needy)
     gone = {v.row for v in victims}
     # Pages of victims with steps in flight go to quarantine first: do not count on them.
     at_once = [page for v in victims if not v.steps for page in v.page_ids]
@@ -77,14 +77,17 @@ def _plan_under_pressure(
 
 
 def _victims(state: SchedulerState, needy: list[RequestState]) -> list[RequestState]:
-    """Who gives way, until what they alone hold covers what the remaining needy rows lack."""
+    """Who gives way, until what they alone hold, with what is in quarantine, covers what the
+    remaining needy rows lack."""
     victims: list[RequestState] = []
+    coming, need = state.pages.num_available + state.num_quarantined_pages, len(needy)
+    if coming >= need:
+        return victims
     holders = [*state.decoding, *state.prefilling]
     holders.sort(key=lambda r: preemption_rank(r, state), reverse=True)
-    freed, need = state.pages.num_available, len(needy)
-    while freed < need and len(holders) > 1:
+    while coming < need and len(holders) > 1:
         victim = holders.pop()
         victims.append(victim)
-        freed += state.pages.num_exclusive(victim.page_ids)
+        coming += state.pages.num_exclusive(victim.page_ids)
         need -= victim in needy
     return victims

@@ -27,7 +27,14 @@ def num_to_recompute(request: RequestState, state: SchedulerState) -> int:
     return max(0, request.num_scheduled - shared * state.limits.page_size)
 
 
+def _num_to_await(request: RequestState, state: SchedulerState) -> int:
+    """Prompt tokens of the steps in flight that its pages come back after."""
+    steps = (state.in_flight[step_id] for step_id in request.steps)
+    return sum(chunk.end - chunk.start for step in steps for chunk in step.chunks)
+
+
 def preemption_rank(request: RequestState, state: SchedulerState) -> tuple[int, int, int]:
-    """Sorts running requests by who gives way first: the least important, then the cheapest to
-    compute again, then the youngest."""
-    return -request.request.priority, num_to_recompute(request, state), -request.admitted_at
+    """Sorts running requests by who gives way first: the least important, then the cheapest, by
+    the prompt tokens that decode waits for and that are computed again, then the youngest."""
+    cost = num_to_recompute(request, state) + _num_to_await(request, state)
+    return -request.request.priority, cost, -request.admitted_at

@@ -7,6 +7,8 @@ in any order between lanes; within a lane they are answered in the order they we
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from semipd_jax.messages import DecodeStep, MixedStep, Phase, PrefillStep, StepDone
 from semipd_jax.paging.keys import PageKeys
 from semipd_jax.request import FinishReason, Request, Timings, TokenLogprob
@@ -298,7 +300,8 @@ class Scheduler:
         wire.fill_row(state.table, request)
         state.pages.reference(chunk.cached_pages)
         self._add_pages(request, chunk.cached_pages)
-        state.table.num_cached_pages[request.row] = len(chunk.cached_pages)
+        num_shared = state.table.num_shared_pages
+        np.maximum(num_shared, state.table.num_common(chunk.cached_pages), out=num_shared)
         request.num_sealed = len(chunk.cached_pages)
         request.num_cached = request.num_scheduled = chunk.start
 
@@ -347,10 +350,13 @@ class Scheduler:
                 self._seal_up_to(request, len(request.token_ids))
 
     def _seal_up_to(self, request: RequestState, num_tokens: int) -> None:
-        for i in range(request.num_sealed, num_tokens // self.state.limits.page_size):
-            key = request.page_keys.of(i, request.token_ids)
-            self.state.pages.seal(request.page_ids[i], key)
-            request.num_sealed = i + 1
+        num_full = num_tokens // self.state.limits.page_size
+        self._seal(request, range(request.num_sealed, num_full))
+        request.num_sealed = max(request.num_sealed, num_full)
+
+    def _seal(self, request: RequestState, pages: range) -> None:
+        for i in pages:
+            self.state.pages.seal(request.page_ids[i], request.page_keys.of(i, request.token_ids))
 
     def _set_crashes(self, request: RequestState, num_crashes: int) -> None:
         request.num_crashes = num_crashes
@@ -423,7 +429,9 @@ class Scheduler:
         return Ending(request, reason, _timings(request, now_s), stop_token_id, error)
 
     def _leave_row(self, request: RequestState) -> None:
+        """Seals its full pages once more: others may have had their keys, and be gone."""
         state = self.state
+        self._seal(request, range(request.num_sealed))
         if request.stage is Stage.PREFILLING:
             state.prefilling.remove(request)
         state.table.clear(request.row)

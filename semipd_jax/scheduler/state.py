@@ -179,7 +179,8 @@ class RowTable:
       context_lens: of the row's next decode step: tokens visible to it, its input included.
       max_context_lens: of the row's last decode step.
       num_pages: held by the row.
-      num_cached_pages: those of them that were cached when the request was admitted.
+      num_shared_pages: the first ones of them that were cached when the request was admitted, or
+        that requests admitted later took as well.
       has_bias: the row has a logit bias or a minimum length.
       is_suspect: one more crash of a worker that runs this row, and its request is given up.
     """
@@ -191,7 +192,7 @@ class RowTable:
         self.context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.max_context_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.num_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
-        self.num_cached_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.num_shared_pages: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.is_suspect: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
         self.is_constrained: Bool[np.ndarray, " rows"] = np.zeros(num_rows, np.bool_)
@@ -202,11 +203,21 @@ class RowTable:
         self.page_table[row] = 0
         self.active[row] = False
         self.num_pages[row] = 0
+        self.num_shared_pages[row] = 0
         self.has_bias[row] = False
         self.is_suspect[row] = False
         self.is_constrained[row] = False
         self.awaits_mask[row] = False
         self.requests[row] = None
+
+    def num_common(self, page_ids: list[int]) -> Int32[np.ndarray, " rows"]:
+        """How many of these pages each row begins with."""
+        common = np.zeros(len(self.requests), np.int32)
+        if page_ids:
+            rows = np.flatnonzero(self.page_table[:, 0] == page_ids[0])
+            is_same = self.page_table[rows, : len(page_ids)] == np.array(page_ids, np.int32)
+            common[rows] = np.logical_and.accumulate(is_same, axis=1).sum(axis=1)
+        return common
 
     def ready(self) -> Int32[np.ndarray, " n"]:
         """Rows that may generate another token now."""
@@ -259,6 +270,11 @@ class SchedulerState:
     def is_decoding(self) -> bool:
         """Whether a step in flight decodes."""
         return any(len(s.requests) > len(s.chunks) for s in self.in_flight.values())
+
+    @property
+    def num_quarantined_pages(self) -> int:
+        """Pages that nobody else holds: they come back when steps in flight are answered."""
+        return self.pages.num_exclusive(self.quarantine.page_ids)
 
     def enqueue(self, request: RequestState, rank: Rank) -> None:
         request.rank = rank

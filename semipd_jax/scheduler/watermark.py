@@ -35,7 +35,8 @@ class Outlook:
     """What running requests will need, with those admitted since.
 
     Of each: how many tokens it may add to its KV, how many of them its pages have room for, and how
-    many pages come back when it ends; those that others computed are taken to outlive it.
+    many pages come back when it ends: those that others computed, or hold too, are taken to outlive
+    it.
     """
 
     def __init__(self, state: SchedulerState) -> None:
@@ -46,34 +47,43 @@ class Outlook:
         self._available = state.pages.num_available
         self._left = ints(table.max_context_lens[rows] - num_tokens)
         self._slack = ints(-num_tokens % page_size)
-        self._own = ints(table.num_pages[rows] - table.num_cached_pages[rows])
+        self._num_pages = ints(table.num_pages[rows])
+        self._num_shared = ints(table.num_shared_pages[rows])
+        self._rows = [*ints(rows), *(request.row for request in state.prefilling)]
         for request in state.prefilling:
-            self._add(request, request.num_cached // page_size, len(request.page_ids))
+            num_shared = int(table.num_shared_pages[request.row])
+            self._add(request, num_shared, len(request.page_ids))
 
     def admits(self, request: RequestState, cached_pages: list[int]) -> bool:
         """Whether a waiting request fits too; if so, it counts from now on. One that would run
         alone always does."""
         is_alone = not self._left
+        self._share(cached_pages)
         self._add(request, len(cached_pages), len(cached_pages))
         self._available -= self._state.pages.num_unreferenced(cached_pages)
         return is_alone or self._peak() <= self._available
 
-    def _add(self, request: RequestState, num_cached: int, num_held: int) -> None:
+    def _share(self, page_ids: list[int]) -> None:
+        common = self._state.table.num_common(page_ids)[self._rows]
+        for i in ints(common.nonzero()[0]):
+            self._num_shared[i] = max(self._num_shared[i], int(common[i]))
+
+    def _add(self, request: RequestState, num_shared: int, num_held: int) -> None:
         num_tokens, page_size = len(request.token_ids), self._state.limits.page_size
         num_pages = pages_for(num_tokens, page_size)
         self._available -= max(0, num_pages - num_held)
         self._left.append(request.max_len - 1 - num_tokens)
         self._slack.append(-num_tokens % page_size)
-        self._own.append(num_pages - num_cached)
+        self._num_pages.append(num_pages)
+        self._num_shared.append(num_shared)
 
     def _peak(self) -> int:
-        left, slack, own = (
-            np.array(column, np.int32) for column in (self._left, self._slack, self._own)
-        )
+        columns = (self._left, self._slack, self._num_pages, self._num_shared)
+        left, slack, num_pages, num_shared = (np.array(column, np.int32) for column in columns)
         page_size, share = self._state.limits.page_size, self._state.growth_share
         expected = (share * np.minimum(left, _MOST_LEFT)).astype(np.int32)
         growth = np.minimum(left, np.maximum(page_size, expected))
-        return peak_pages(growth, slack, own, page_size)
+        return peak_pages(growth, slack, num_pages - num_shared, page_size)
 
 
 def peak_pages(

@@ -93,7 +93,7 @@ def test_abort_ends_the_stream_at_once_and_frees_pages_after_the_step(engine):
     engine.coordinator.from_client("c", Abort(1, FinishReason.STOP))
     tokens, done = engine.received()
     assert done[1].reason is FinishReason.STOP
-    assert engine.scheduler.state.quarantine.num_pages > 0
+    assert engine.scheduler.state.num_quarantined_pages > 0
     engine.run()
     assert engine.received()[0] == tokens
     assert engine.scheduler.state.pages.num_available == LIMITS.num_pages - 1

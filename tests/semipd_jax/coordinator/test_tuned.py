@@ -484,7 +484,7 @@ def test_a_preempted_request_is_demand_when_its_last_step_is_answered():
     [preempted] = scheduler.state.waiting
     for step in in_flight:
         scheduler.step_done(device.run(step), now_s=0.0)
-    assert scheduler.state.quarantine.num_pages == 0
+    assert scheduler.state.num_quarantined_pages == 0
     assert scheduler.state.num_found(preempted) > 0, "its pages are cached"
     assert scheduler.state.num_found(preempted, held=True) == 0, "and nobody's"
     assert kv_demand(scheduler.state) == 1.0

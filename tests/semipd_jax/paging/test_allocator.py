@@ -38,6 +38,6 @@ def test_quarantine_releases_after_the_last_step_that_names_the_pages():
     quarantine.hold([4, 5], row=1, step_ids=[7, 8])
     quarantine.hold([6], row=2, step_ids=[8])
     assert quarantine.step_done(7) == []
-    assert quarantine.num_pages == 3
+    assert quarantine.page_ids == [4, 5, 6]
     assert quarantine.step_done(8) == [([4, 5], 1), ([6], 2)]
-    assert quarantine.num_pages == 0
+    assert quarantine.page_ids == []

@@ -30,6 +30,7 @@ def test_a_released_prefix_is_found_again_and_shared():
         pool.check(pages * holders)
     assert pool.num_available == 5
     assert pool.num_exclusive(pages) == 0
+    assert pool.num_exclusive(pages * 2) == 2, "of both holders"
     pool.release(pages)
     assert pool.num_exclusive(pages) == 2
 

@@ -50,6 +50,20 @@ def test_the_next_turn_finds_what_prefill_and_decode_wrote():
     assert (scheduler.prefix_cache_queries, scheduler.prefix_cache_hits) == (6 + 17, 12)
 
 
+def test_what_was_computed_twice_is_found_when_the_first_copy_is_gone():
+    scheduler, device = make_scheduler(num_pages=10)
+    first, second = make_request(8, 1), make_request(8, 12)
+    for handle, request in enumerate((first, second)):
+        scheduler.submit("c", handle, request, now_s=0.0)
+    outcome = Outcome()
+    outcome.take(scheduler.step_done(device.run(scheduler.next_prefill(now_s=0.0).step), now_s=0.0))
+    assert outcome.endings.keys() == {0}, "its two pages are those that can be found"
+    scheduler.submit("c", 2, make_request(20, 1, seed=1), now_s=0.0)
+    run_to_end(scheduler, device, outcome)
+    turn = (*second.prompt_token_ids, *outcome.tokens[1])
+    assert num_computed(prefill_of(scheduler, 3, make_request((*turn, 1), 1))) == 5
+
+
 @pytest.mark.parametrize("length", [PAGE_SIZE, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 1])
 def test_the_same_prompt_again_computes_its_last_token_at_least(length):
     scheduler, device = make_scheduler()

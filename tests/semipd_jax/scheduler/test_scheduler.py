@@ -4,12 +4,19 @@ import msgspec
 import numpy as np
 import pytest
 from hypothesis import settings
-from scheduler_cases import Outcome, expected, make_request, make_scheduler, run_to_end
+from scheduler_cases import (
+    Outcome,
+    expected,
+    make_request,
+    make_scheduler,
+    run_alone,
+    run_to_end,
+)
 from scheduler_machine import Serving
 
 from semipd_jax.messages import ROW_SAMPLING, PrefillStep, StepLogprobs
 from semipd_jax.request import MAX_LOGPROBS, FinishReason, Request, SamplingParams
-from semipd_jax.scheduler.state import MAX_CRASHES
+from semipd_jax.scheduler.state import MAX_CRASHES, Stage
 
 
 @pytest.mark.parametrize("num_pages", [7, 9, 40])
@@ -77,6 +84,53 @@ def test_pages_of_an_aborted_request_wait_for_its_steps():
     assert (late.tokens, late.endings) == ([], [])
     assert scheduler.state.pages.num_available == free
     scheduler.state.check()
+
+
+def test_decode_goes_on_when_the_pages_to_come_back_are_too_few():
+    scheduler, device = make_scheduler(num_pages=10, budget=32)
+    requests = [make_request(9, 12, seed=i) for i in range(2)]  # 3 pages each, 5 in the end
+    for handle, request in enumerate(requests):
+        scheduler.submit("c", handle, request, now_s=0.0)
+    outcome = Outcome()
+    outcome.take(scheduler.step_done(device.run(scheduler.next_prefill(now_s=0.0).step), now_s=0.0))
+    scheduler.submit("c", 2, make_request(4, 1, seed=2), now_s=0.0)
+    assert scheduler.next_prefill(now_s=0.0) is not None, "which is not answered"
+    scheduler.abort("c", 2, FinishReason.ABORT, now_s=0.0)
+    assert scheduler.state.num_quarantined_pages == 1
+    while sent := scheduler.next_decode():
+        outcome.take(scheduler.step_done(device.run(sent.step), now_s=0.0))
+    assert outcome.tokens[0] == expected(requests[0])[0]
+    assert scheduler.state.requests["c", 1].num_preemptions == 1
+
+
+def test_who_waits_for_a_prefill_step_is_no_cheap_victim():
+    scheduler, device = make_scheduler(num_pages=13, budget=12)
+    for handle in range(2):
+        scheduler.submit("c", handle, make_request(9, 12, seed=handle), now_s=0.0)
+        sent = scheduler.next_prefill(now_s=0.0)
+        scheduler.step_done(device.run(sent.step), now_s=0.0)
+    scheduler.submit("c", 2, make_request(12, 1, seed=2), now_s=0.0)
+    assert scheduler.next_prefill(now_s=0.0) is not None, "which is not answered"
+    while not scheduler.num_preemptions:
+        sent = scheduler.next_decode()
+        scheduler.step_done(device.run(sent.step), now_s=0.0)
+    stages = {handle: r.stage for (_, handle), r in scheduler.state.requests.items()}
+    assert stages == {0: Stage.DECODING, 1: Stage.WAITING, 2: Stage.PREFILLING}
+
+
+def test_pages_in_quarantine_count_once_and_only_if_nobody_else_holds_them():
+    scheduler, device = make_scheduler()
+    request = make_request(13, 1)
+    run_alone(scheduler, device, 0, request)  # of 4 pages, 3 are full and will be shared
+    for handle in (1, 2):
+        scheduler.submit("c", handle, request, now_s=0.0)
+    sent = scheduler.next_prefill(now_s=0.0)
+    state = scheduler.state
+    for handle, num_pages in ((1, 1), (2, 5)):
+        scheduler.abort("c", handle, FinishReason.ABORT, now_s=0.0)
+        assert (state.pages.num_available, state.num_quarantined_pages) == (14, num_pages)
+    scheduler.step_done(device.run(sent.step), now_s=0.0)
+    assert (state.pages.num_available, state.num_quarantined_pages) == (19, 0)
 
 
 def test_min_tokens_forbids_stop_ids_until_reached():

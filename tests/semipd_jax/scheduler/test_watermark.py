@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduler_cases import make_request, make_scheduler
+from scheduler_cases import make_prompt, make_request, make_scheduler
 
 from semipd_jax.messages import PrefillStep
 from semipd_jax.request import Request, SamplingParams
@@ -97,6 +97,17 @@ def test_who_names_no_limit_is_not_expected_to_fill_the_model_s_length():
     assert rows_admitted(None, 0.0) == 64
     assert rows_admitted(None, 0.2) == rows_admitted(4096, 0.2) == 64
     assert rows_admitted(None, 1.0) == rows_admitted(4096, 1.0) == 1000 // 65
+
+
+def test_pages_that_others_took_as_well_do_not_come_back():
+    scheduler, device = make_scheduler(num_pages=9, num_rows=6)
+    scheduler.submit("c", 0, make_request(16, 2), now_s=0.0)  # ends first
+    sent = scheduler.next_prefill(now_s=0.0)
+    scheduler.step_done(device.run(sent.step), now_s=0.0)
+    for handle in (1, 2, 3):  # a page each, and one to grow into
+        scheduler.submit("c", handle, make_request((*make_prompt(16), handle), 7), now_s=0.0)
+    assert len(scheduler.next_prefill(now_s=0.0).admitted) == 2
+    assert scheduler.next_prefill(now_s=0.0) is None, "nor after these are counted as running"
 
 
 def test_a_share_is_raised_at_once_and_forgotten_slowly():
