@@ -43,7 +43,7 @@ from semipd_jax.messages import (
 )
 from semipd_jax.request import Request, Timings
 from semipd_jax.scheduler.lanes import next_step
-from semipd_jax.scheduler.scheduler import Result, Scheduler, Sent
+from semipd_jax.scheduler.scheduler import Ending, Result, Scheduler, Sent
 from semipd_jax.scheduler.state import Constraint
 from semipd_jax.tuner.slo import SloTarget, SloTargets
 
@@ -241,14 +241,18 @@ class Coordinator:
             self._grammars.compile(client, handle, request, is_wanted)
 
     def _leave_compiling(self, client: str, abort: Abort, waiting: _Waiting, now_s: float) -> None:
-        waited_s = now_s - waiting.arrival_s
         if abort.error is None:
-            target = self._shares.targets.of(waiting.priority)
-            self._counts.attainment.left(waited_s, target, now_s)
+            self._judge_compiling(waiting, now_s)
         else:
             self._counts.attainment.missed(now_s)
-        done = Done(abort.handle, abort.reason, Timings(queue_s=waited_s), 0)
+        timings = Timings(queue_s=now_s - waiting.arrival_s)
+        done = Done(abort.handle, abort.reason, timings, 0)
         self._to_client(client, Outputs(b"", b"", [], [done]))
+
+    def _judge_compiling(self, waiting: _Waiting, now_s: float) -> None:
+        """Its client left."""
+        target = self._shares.targets.of(waiting.priority)
+        self._counts.attainment.left(now_s - waiting.arrival_s, target, now_s)
 
     def _turn_away(self, client: str, handle: int, reason: str) -> None:
         """There is no room, which is no fault of the client's: it misses what was promised."""
@@ -349,20 +353,24 @@ class Coordinator:
 
     def _deliver(self, result: Result) -> None:
         self._counts.num_output_tokens += len(result.tokens)
-        for ending in result.endings:
+        self._judge(result.endings)
+        for client, message in outputs(result):
+            self._to_client(client, message)
+
+    def _judge(self, endings: list[Ending]) -> None:
+        for ending in endings:
             now = self._clock()
             times = self._counts.attainment.add(ending, self._shares.targets, now)
             if times is not None:
                 self._shares.request_ended(times)
-        for client, message in outputs(result):
-            self._to_client(client, message)
 
     def _to_client(self, client: str, message: FromCoordinator) -> None:
         if not self._clients.send(client, message):
             _log.warning("client %s is gone: its requests end", client)
-            self._scheduler.abort_client(client, now_s=self._clock())
+            now = self._clock()
+            self._judge(self._scheduler.abort_client(client, now_s=now).endings)
             for key in [key for key in self._compiling if key[0] == client]:
-                del self._compiling[key]
+                self._judge_compiling(self._compiling.pop(key), now)
             self._send_steps()
 
 

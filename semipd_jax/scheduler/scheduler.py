@@ -150,11 +150,10 @@ class Scheduler:
             return Result()
         return Result(endings=[self._end(request, reason, now_s=now_s, error=error)])
 
-    def abort_client(self, client: str, *, now_s: float) -> None:
+    def abort_client(self, client: str, *, now_s: float) -> Result:
         """Ends everything that a vanished client asked for."""
-        for owner, handle in list(self.state.requests):
-            if owner == client:
-                self.abort(client, handle, FinishReason.ABORT, now_s=now_s)
+        requests = [r for r in self.state.requests.values() if r.client == client]
+        return Result(endings=[self._end(r, FinishReason.ABORT, now_s=now_s) for r in requests])
 
     # ------------------------------------------------------------ plans become steps
 

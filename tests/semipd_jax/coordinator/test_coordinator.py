@@ -13,6 +13,8 @@ from semipd_jax.messages import (
     GetStats,
     PrefillStep,
     Refused,
+    SetSlo,
+    Slo,
     SloCounts,
     Stalled,
     Stats,
@@ -141,6 +143,19 @@ def test_a_client_that_cannot_be_reached_loses_its_requests(engine):
     engine.run()
     assert not engine.scheduler.state.requests
     assert engine.received("c")[0][2] == expected(other)
+
+
+@pytest.mark.parametrize(("waited_s", "num_missed"), [(0.5, 0), (5.0, 2)])
+def test_a_client_that_vanished_after_a_promise_was_broken_counts(engine, waited_s, num_missed):
+    """Each of its requests, those in the queue too."""
+    engine.coordinator.from_client("c", SetSlo(7, Slo(ttft_ms=1000.0)))
+    engine.submit(1, client="gone")
+    engine.submit(2, client="gone")
+    engine.now += waited_s
+    engine.clients.unreachable.add("gone")
+    engine.run()
+    counts = engine.coordinator._counts.attainment.counts()
+    assert (counts.num_ended, counts.num_met) == (num_missed, 0)
 
 
 def test_a_worker_that_holds_a_step_too_long_is_reported_once_per_timeout(engine):

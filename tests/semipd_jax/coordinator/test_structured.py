@@ -168,6 +168,22 @@ def test_the_grammars_of_a_client_that_vanished_are_not_wanted(engine):
     assert [engine.grammars.wanted[handle]() for handle in (1, 2)] == [True, False]
 
 
+@pytest.mark.parametrize(("waited_s", "num_missed"), [(0.4, 0), (0.6, 2)])
+def test_grammars_of_a_client_that_vanished_count_once_the_promise_is_broken(
+    engine, waited_s, num_missed
+):
+    """As they do if it leaves: see above. The other one is queued."""
+    engine.coordinator.from_client("c", SetSlo(7, Slo(ttft_ms=500.0)))
+    engine.grammars.late = {1}
+    engine.submit(1, regex=FORM, client="gone")
+    engine.submit(2, client="gone")
+    engine.now += waited_s
+    engine.clients.unreachable = {"gone"}
+    engine.run()
+    stats = stats_of(engine)
+    assert (stats.slo.num_ended, stats.slo.num_met, stats.num_waiting) == (num_missed, 0, 0)
+
+
 def test_grammars_that_are_compiled_are_bounded_in_number(engine):
     most = engine.scheduler.state.limits.max_num_queued_reqs
     engine.grammars.late = set(range(most))
