@@ -434,10 +434,12 @@ class ChildSpec(Line, frozen=True):
 
 
 class WorkerLost(Line, frozen=True):
-    """To the coordinator: this worker's process is gone; a replacement is being started."""
+    """To the coordinator: this worker's process is gone; a replacement is being started. It is not
+    to blame if it was asked to leave, for the fault of another one."""
 
     worker_id: str
     lane: Lane
+    is_to_blame: bool = True
 
 
 class Serve(Line, frozen=True):

@@ -1,8 +1,9 @@
 """`python -m semipd_jax.coordinator`: a child process of the launcher."""
 
+from collections.abc import Iterable
 from typing import Final
 
-from semipd_jax.child import Child, freeze_heap, run_child
+from semipd_jax.child import Child, Command, freeze_heap, run_child
 from semipd_jax.coordinator.coordinator import Coordinator
 from semipd_jax.coordinator.setup import build_coordinator, make_grammars
 from semipd_jax.errors import StartupError
@@ -38,9 +39,7 @@ def main(child: Child) -> None:
     child.ready()
     while not child.stopping.is_set():
         poller.wait(_TICK_S)
-        _obey(child, coordinator)
-        for _, message in workers.receive():
-            coordinator.from_worker(message)
+        take_in(child.receive(), workers.receive(), coordinator)
         for client, message in clients.receive():
             coordinator.from_client(client, message)
         if grammars is not None:
@@ -51,12 +50,18 @@ def main(child: Child) -> None:
     clients.close()
 
 
-def _obey(child: Child, coordinator: Coordinator) -> None:
-    """Takes in what the launcher says."""
-    for command in child.receive():
+def take_in(
+    commands: Iterable[Command], said: Iterable[tuple[str, FromWorker]], coordinator: Coordinator
+) -> None:
+    """Takes in what workers say, then what the launcher says: a step whose reply is here is not
+    lost with its worker. A lost worker replied before the launcher spoke of it, so `said` is read
+    here, when `commands` have been."""
+    for _, message in said:
+        coordinator.from_worker(message)
+    for command in commands:
         match command:
-            case WorkerLost(worker_id=worker_id, lane=lane):
-                coordinator.worker_lost(lane, worker_id)
+            case WorkerLost(worker_id=worker_id, lane=lane, is_to_blame=is_to_blame):
+                coordinator.worker_lost(lane, worker_id, is_to_blame=is_to_blame)
             case ShareUnavailable(lane=lane, share=share):
                 coordinator.share_unavailable(lane, share)
             case _:

@@ -145,11 +145,12 @@ class Coordinator:
             self._send_steps()
             self._deliver(result)
 
-    def worker_lost(self, lane: Lane, worker_id: str) -> None:
-        """The process is gone for good, and a replacement is being started."""
+    def worker_lost(self, lane: Lane, worker_id: str, *, is_to_blame: bool = True) -> None:
+        """The process is gone for good, and a replacement is being started. If it is to blame, a
+        crash is counted against what it ran."""
         self._counts.num_restarts[lane] += 1
         if worker_id in self._lanes[lane].shares:
-            self._remove(self._lanes[lane], worker_id)
+            self._remove(self._lanes[lane], worker_id, is_to_blame=is_to_blame)
         else:
             self._lost.add(worker_id)
 
@@ -175,7 +176,7 @@ class Coordinator:
             return  # the launcher was quicker to tell
         workers = self._lanes[message.lane]
         if (replaced := workers.at(message.share)) is not None:
-            self._remove(workers, replaced)
+            self._remove(workers, replaced, is_to_blame=True)
         workers.shares[message.worker_id] = message.share
         _log.info("%s is ready", message.worker_id)
         self._send_steps()
@@ -199,13 +200,14 @@ class Coordinator:
         self._retire_spare(workers)
         self._counts.plan_times.add(time.perf_counter() - started)
 
-    def _remove(self, workers: LaneWorkers, worker_id: str) -> None:
+    def _remove(self, workers: LaneWorkers, worker_id: str, *, is_to_blame: bool) -> None:
         """Takes back the steps of a worker that was lost."""
         step_ids = workers.remove(worker_id)
         _log.warning("%s was lost with %d steps in flight", worker_id, len(step_ids))
         if step_ids:
             self._shares.steps_lost(workers.lane)
-            self._deliver(self._scheduler.worker_lost(step_ids, now_s=self._clock()))
+            now = self._clock()
+            self._deliver(self._scheduler.worker_lost(step_ids, now_s=now, is_to_blame=is_to_blame))
         self._send_steps()
 
     # ------------------------------------------------------------ requests

@@ -202,7 +202,7 @@ class Workers:
         self, slot: WorkerSlot, status: int, words: Failed | None, *, is_asked: bool
     ) -> None:
         _log.warning("%s", failure(slot.name, status, words))
-        self._tell(WorkerLost(worker_id=slot.worker_id, lane=slot.lane))
+        self._tell(WorkerLost(worker_id=slot.worker_id, lane=slot.lane, is_to_blame=not is_asked))
         was_ready, slot.is_ready, slot.started_s = slot.is_ready, False, None
         if was_ready:
             slot.down_since_s = time.monotonic()

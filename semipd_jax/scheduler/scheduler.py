@@ -250,14 +250,14 @@ class Scheduler:
         self.state.table.awaits_mask[request.row] = False
         return Result()
 
-    def worker_lost(self, step_ids: list[int], *, now_s: float) -> Result:
+    def worker_lost(self, step_ids: list[int], *, now_s: float, is_to_blame: bool = True) -> Result:
         """Takes back the steps (oldest first) of a worker that is gone: they are planned again.
 
-        What they wrote does no harm, the same tokens go to the same places. A crash is counted
-        against the requests of the step that was running. One crash before they would be given up,
-        they run one by one, so that only the one to blame is.
+        What they wrote does no harm, the same tokens go to the same places. If the worker is to
+        blame, a crash is counted against the requests of the step that was running. One crash
+        before they would be given up, they run one by one, so that only the one to blame is.
         """
-        oldest = self.state.in_flight[step_ids[0]].requests if step_ids else []
+        oldest = self.state.in_flight[step_ids[0]].requests if step_ids and is_to_blame else []
         running = [request for request in oldest if step_ids[0] in request.steps]
         for step_id in reversed(step_ids):
             self._take_back(self.state.in_flight.pop(step_id))

@@ -2,7 +2,8 @@
 
 The main thread owns the socket. It dispatches every step at once, so that the next one is queued on
 the device before the last one ends; a second thread waits for results, oldest first. A step that
-fails ends the process: the coordinator gives its steps to the replacement.
+fails ends the process once those before it are answered: the coordinator gives the others to the
+replacement, and blames the oldest of them.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
 from semipd_jax.child import Child
@@ -29,7 +31,8 @@ def serve(
     compiles: CompileCounter,
     worker_id: str,
 ) -> None:
-    """Runs steps until the child is stopped, then finishes those in flight.
+    """Runs steps until the child is stopped or one cannot be dispatched, then finishes those in
+    flight.
 
     Raises what a step raised, or TimeoutError if the last steps do not end within the step timeout.
     """
@@ -37,14 +40,16 @@ def serve(
     poller = Poller()
     for source in (link, completer.fileno(), child.fileno()):
         poller.add(source)
-    while not child.stopping.is_set():
-        poller.wait(_TICK_S)
-        for reply in completer.take():
+    try:
+        while not child.stopping.is_set():
+            poller.wait(_TICK_S)
+            for reply in completer.take():
+                link.send(reply)
+            while (message := link.receive(0.0)) is not None:
+                completer.add(runner.dispatch(message))
+    finally:
+        for reply in completer.finish(child.spec.config.timeouts.step_s):
             link.send(reply)
-        while (message := link.receive(0)) is not None:
-            completer.add(runner.dispatch(message))
-    for reply in completer.finish(child.spec.config.timeouts.step_s):
-        link.send(reply)
 
 
 class Completer:
@@ -66,20 +71,19 @@ class Completer:
     def add(self, step: PendingStep) -> None:
         self._pending.put(step)
 
-    def take(self) -> list[StepDone]:
-        """Replies of the steps that have ended. Raises what a step raised."""
+    def take(self) -> Iterator[StepDone]:
+        """Replies of the steps that have ended. Raises what a step raised, after the replies of
+        those before it."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
-        replies: list[StepDone] = []
         while self._finished:
             result = self._finished.popleft()
             if isinstance(result, Exception):
                 raise result
-            replies.append(result)
-        return replies
+            yield result
 
-    def finish(self, timeout_s: float) -> list[StepDone]:
-        """Waits for all steps; their replies. Raises TimeoutError if that takes too long."""
+    def finish(self, timeout_s: float) -> Iterator[StepDone]:
+        """Waits for all steps; then as `take`. Raises TimeoutError if that takes too long."""
         self._pending.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():

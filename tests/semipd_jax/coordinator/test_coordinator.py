@@ -6,6 +6,7 @@ import random
 import pytest
 from coordinator_rig import LIMITS, Engine, expected
 
+from semipd_jax.coordinator.__main__ import take_in
 from semipd_jax.coordinator.coordinator import DEPTH
 from semipd_jax.messages import (
     Abort,
@@ -18,11 +19,13 @@ from semipd_jax.messages import (
     SloCounts,
     Stalled,
     Stats,
+    WorkerLost,
     WorkerReady,
 )
 from semipd_jax.request import FinishReason
 from semipd_jax.scheduler.decode import plan_decode
 from semipd_jax.scheduler.prefill import plan_prefill
+from semipd_jax.scheduler.state import MAX_CRASHES
 
 
 @pytest.fixture
@@ -87,6 +90,30 @@ def test_a_worker_that_is_lost_before_it_is_heard_gets_no_step(engine):
     while engine.queue("decode-3"):
         engine.answer("decode-3")
     assert engine.received()[0][1] == expected(request)
+
+
+def test_a_worker_that_left_for_the_fault_of_another_costs_nobody_a_crash(engine):
+    request = engine.submit(1)
+    engine.answer("prefill-1")
+    for generation in range(1, MAX_CRASHES + 1):
+        engine.coordinator.worker_lost("decode", f"decode-{generation}", is_to_blame=False)
+        engine.coordinator.from_worker(WorkerReady(f"decode-{generation + 1}", "decode", 1.0))
+    while engine.queue(f"decode-{MAX_CRASHES + 1}"):
+        engine.answer(f"decode-{MAX_CRASHES + 1}")
+    assert engine.received()[0][1] == expected(request)
+
+
+def test_what_a_worker_replied_counts_before_its_loss_does(engine):
+    """Else the crash is one of a step that had succeeded."""
+    engine.submit(1, prompt_len=LIMITS.max_num_batched_tokens)
+    engine.submit(2)
+    succeeded, _ = engine.queue("prefill-1")
+    waiting = [("prefill-1", engine.device.run(succeeded, "prefill-1"))]
+    lost = [WorkerLost(worker_id="prefill-1", lane="prefill")]
+    take_in(lost, waiting, engine.coordinator)
+    crashes = {h: r.num_crashes for (_, h), r in engine.scheduler.state.requests.items()}
+    assert crashes == {1: 0, 2: 1}
+    assert len(engine.received()[0][1]) == 1
 
 
 def test_abort_ends_the_stream_at_once_and_frees_pages_after_the_step(engine):

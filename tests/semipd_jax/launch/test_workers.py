@@ -5,6 +5,7 @@ from launch_rig import config
 from semipd_jax.config import ShareConfig
 from semipd_jax.launch.process import Process
 from semipd_jax.launch.workers import Workers, WorkerSlot
+from semipd_jax.messages import WorkerLost
 
 
 class FakeProcess(Process):
@@ -20,11 +21,12 @@ class Started:
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.lost: list[WorkerLost] = []
         self.workers = Workers(
             config(shares=ShareConfig(prefill=1.0, decode=0.5, decode_ladder=(1.0,))),
             start=self._start,
             kill=lambda process: None,
-            tell=lambda message: None,
+            tell=self.lost.append,
             is_fate_shared=lambda: True,
         )
         for lane in ("prefill", "decode"):
@@ -58,3 +60,21 @@ def test_who_waits_for_others_to_leave_is_started_once():
     rig.exits(rig.slot("prefill worker 1.00"), 0)
     assert rig.started.count("decode worker 0.70") == 1
     assert len(rig.workers.alive) == len(rig.workers.slots) == 4
+
+
+def test_who_leaves_for_the_fault_of_another_is_not_to_blame():
+    """Whatever it ends with: it may hear of the fault before it is asked to leave."""
+    rig = Started()
+    names = "decode worker 1.00", "decode worker 0.50", "prefill worker 1.00"
+    slots = [rig.slot(name) for name in names]
+    ids = [slot.worker_id for slot in slots]
+    for slot, status in zip(slots, (1, 0, 1), strict=True):
+        rig.exits(slot, status)
+    assert [(lost.worker_id, lost.is_to_blame) for lost in rig.lost] == [
+        (ids[0], True),
+        (ids[1], False),
+        (ids[2], False),
+    ]
+    rig.workers.ready(slots[1], None)
+    rig.exits(slots[1], -9)
+    assert rig.lost[-1].is_to_blame, "what it was asked before says nothing of its replacement"

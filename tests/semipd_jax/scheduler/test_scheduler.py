@@ -171,6 +171,22 @@ def test_a_request_that_kills_workers_is_given_up():
     assert not scheduler.state.requests
 
 
+def test_steps_of_workers_that_are_not_to_blame_are_no_crashes():
+    scheduler, device = make_scheduler()
+    request = make_request(4, 8)
+    scheduler.submit("c", 0, request, now_s=0.0)
+    for _ in range(MAX_CRASHES):
+        sent = scheduler.next_prefill(now_s=0.0)
+        assert sent is not None
+        result = scheduler.worker_lost([sent.step.step_id], now_s=0.0, is_to_blame=False)
+        assert not result.endings
+        scheduler.state.check()
+    assert not scheduler.state.requests["c", 0].is_suspect
+    outcome = Outcome()
+    run_to_end(scheduler, device, outcome)
+    assert outcome.tokens[0] == expected(request)[0]
+
+
 def test_only_the_request_to_blame_is_given_up():
     scheduler, device = make_scheduler(num_pages=40, num_rows=6)
     requests = [make_request(4, 10, seed=i) for i in range(4)]

@@ -269,8 +269,11 @@ def test_start_reports_every_bucket_and_a_bad_step_ends_the_process(engine, work
 
     assert engine.receive(WorkerReady).worker_id == "prefill-3"
     engine.processes.remove(process)
+    good = prefill_message([(4, [20, 21], PROMPT, 0, len(PROMPT), True)], step_id=599)
     too_long = prefill_message([(4, [20, 21, 22], PROMPT * 2, 0, 40, True)], step_id=600)
+    engine.hub.send("prefill-3", good)
     engine.hub.send("prefill-3", too_long)
+    assert engine.receive(StepDone).step_id == 599
     assert "allowed: at most 32 tokens in 4 rows" in engine.heard(process, Failed).message
     assert engine.heard(process, Exited).status == 1
 
