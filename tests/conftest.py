@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -23,6 +24,14 @@ settings.load_profile("semipd")
 
 _ENGINES: Final = ("tests/e2e/", "tests/semipd_server/", "tests/semipd_jax/launch/")
 """Folders with most of the tests that start engines or servers."""
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As a program is that a shell has not started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,6 +70,7 @@ def test_after_stop_everything_says_so(compile_cache):
         stream.close()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_that_wakes_no_thread_interrupts_nevertheless(small):
     """As one does that comes just before the thread begins to wait."""
     before = small.stats().num_output_tokens

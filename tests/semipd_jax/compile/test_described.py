@@ -73,14 +73,6 @@ def compilers(monkeypatch):
     return started
 
 
-@pytest.fixture
-def interruptible():
-    """As a program is that a shell has not started in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupt_ends_the_compilers(model, monkeypatch, tmp_path, compilers, jobs):
